@@ -1,0 +1,40 @@
+# make train: install everything into .venv, then run the main job.  make help: the other targets.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint docs clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+train: .venv/.installed  ## float baseline, LSQ at 4 and 2 bits, deployment, table and figure
+	$(BIN)/python -m research.main_job
+
+# One thread a worker: two pytest workers fill two cores, and results do not depend on the thread count.
+test: .venv/.installed  ## every test, on two workers
+	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest tests -n 2
+
+lint: .venv/.installed  ## ruff (rules and format), mypy strict on research and callbacks
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+docs: .venv/.docs  ## build the site into site/
+	$(BIN)/python -m mkdocs build --strict
+
+clean:  ## remove caches and built files; keeps .venv and runs
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first and alone: its exact version decides which wheel is taken, whatever else is being resolved.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python %d.%d is too old: use make PYTHON=python3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@

@@ -1,0 +1,114 @@
+"""The two-convolution residual block in its original and its pre-activation form."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from research.models.blocks import Add, PadShortcut
+
+Shortcut = Literal["A", "B"]
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """3x3 convolution, padding 1, without a bias."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution without a bias."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """conv-bn-relu-conv-bn, add the shortcut, relu (He et al. 2015, arXiv:1512.03385, figure 2).
+
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). The shortcut is the identity where
+    the shape stays; else option A (`PadShortcut`) or option B (1x1 convolution and batch-norm).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = (
+                PadShortcut(stride, in_channels, out_channels)
+                if shortcut == "A"
+                else nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+            )
+        self.add = Add()
+        self.relu2 = nn.ReLU()
+
+    def conv_bn(self) -> list[tuple[str, str]]:
+        """(conv, bn) names within the block."""
+        pairs = [("conv1", "bn1"), ("conv2", "bn2")]
+        return [*pairs, ("downsample.0", "downsample.1")] if isinstance(self.downsample, nn.Sequential) else pairs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output for `x`."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        x = self.relu2(self.add(x, shortcut))
+        return x
+
+
+class PreactivationBlock(nn.Module):
+    """bn-relu-conv-bn-relu-conv, add the shortcut (He et al. 2016, arXiv:1603.05027, figure 1b).
+
+    Shapes as in `BasicBlock`. Where the shape changes, the shortcut (option A, or a 1x1 convolution without a norm)
+    reads the activated input; elsewhere it is the identity on the raw input.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.relu1 = nn.ReLU()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = (
+                PadShortcut(stride, in_channels, out_channels)
+                if shortcut == "A"
+                else nn.Sequential(conv1x1(in_channels, out_channels, stride))
+            )
+        self.add = Add()
+
+    def conv_bn(self) -> list[tuple[str, str]]:
+        """(conv, bn) names within the block: only the first convolution feeds a norm alone."""
+        return [("conv1", "bn2")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output for `x`."""
+        activated = self.relu1(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(activated)
+        x = self.relu2(self.bn2(self.conv1(activated)))
+        x = self.add(self.conv2(x), shortcut)
+        return x
+
+
+def residual_stage(
+    block: type[BasicBlock] | type[PreactivationBlock],
+    count: int,
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    shortcut: Shortcut,
+) -> nn.Sequential:
+    """`count` blocks of `out_channels`; the first one takes the stride and the change of channels."""
+    first = block(in_channels, out_channels, stride, shortcut)
+    return nn.Sequential(first, *(block(out_channels, out_channels, 1, shortcut) for _ in range(count - 1)))
+
+
+def residual_blocks(model: nn.Module) -> dict[str, BasicBlock | PreactivationBlock]:
+    """Residual blocks of `model` by name, in forward order."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, BasicBlock | PreactivationBlock)
+    }

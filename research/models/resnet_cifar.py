@@ -1,0 +1,111 @@
+"""ResNets for small images (He et al. 2015, arXiv:1512.03385, section 4.2) and their pre-activation form."""
+
+from typing import TypedDict, Unpack, get_args
+
+from torch import Tensor, nn
+
+from research.models.residual import (
+    BasicBlock,
+    PreactivationBlock,
+    Shortcut,
+    conv3x3,
+    residual_blocks,
+    residual_stage,
+)
+from research.models.structure import FloatModel, Structure
+
+
+class ResNetCifar(FloatModel):
+    """Three stages of n residual blocks with `width`, 2 `width` and 4 `width` channels; depth = 6n + 2.
+
+    Args:
+        depth: number of convolutions and linear layers on the longest path: 8, 14, 20, 26, 32, ...
+        shortcut: where the shape changes, "A" pads with zero channels, "B" projects by a 1x1 convolution.
+        num_classes: number of logits.
+        in_channels: channels of the image: 3 for colour, 1 for grey.
+        preactivation: BN-ReLU-conv order (He et al. 2016, arXiv:1603.05027) with a norm and an activation at the end.
+        width: channels of the first stage.
+
+    Raises:
+        ValueError: the depth is not 6n + 2, or the shortcut is unknown.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        shortcut: Shortcut = "A",
+        num_classes: int = 10,
+        in_channels: int = 3,
+        preactivation: bool = False,
+        width: int = 16,
+    ) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"model.depth={depth}: the depth is 6n + 2; use 8, 20, 32 or 56")
+        if shortcut not in get_args(Shortcut):
+            raise ValueError(f"model.shortcut={shortcut}: use A (zero padding) or B (1x1 convolution)")
+        count = (depth - 2) // 6
+        block = PreactivationBlock if preactivation else BasicBlock
+        self.preactivation = preactivation
+        self.conv1 = conv3x3(in_channels, width)
+        if not preactivation:
+            self.bn1 = nn.BatchNorm2d(width)
+            self.relu = nn.ReLU()
+        self.layer1 = residual_stage(block, count, width, width, 1, shortcut)
+        self.layer2 = residual_stage(block, count, width, 2 * width, 2, shortcut)
+        self.layer3 = residual_stage(block, count, 2 * width, 4 * width, 2, shortcut)
+        if preactivation:
+            self.bn1 = nn.BatchNorm2d(4 * width)
+            self.relu = nn.ReLU()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten(1)
+        self.fc = nn.Linear(4 * width, num_classes)
+        self.initialise_weights()
+
+    def structure(self) -> Structure:
+        """Names of the blocks, of the (conv, bn) pairs and of the first and the last layer."""
+        blocks = residual_blocks(self)
+        stem = [] if self.preactivation else [("conv1", "bn1")]
+        inner = [(f"{name}.{conv}", f"{name}.{bn}") for name, block in blocks.items() for conv, bn in block.conv_bn()]
+        return Structure(blocks=tuple(blocks), conv_bn=(*stem, *inner), first="conv1", last="fc")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the images `x` (N, C, H, W)."""
+        x = self.conv1(x)
+        if not self.preactivation:
+            x = self.relu(self.bn1(x))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        if self.preactivation:
+            x = self.relu(self.bn1(x))
+        x = self.fc(self.flatten(self.avgpool(x)))
+        return x
+
+
+class ResNetCifarOptions(TypedDict, total=False):
+    """Options of `ResNetCifar` other than the depth."""
+
+    shortcut: Shortcut
+    num_classes: int
+    in_channels: int
+    preactivation: bool
+    width: int
+
+
+def resnet8(**options: Unpack[ResNetCifarOptions]) -> ResNetCifar:
+    """ResNet-8: one block per stage."""
+    return ResNetCifar(8, **options)
+
+
+def resnet20(**options: Unpack[ResNetCifarOptions]) -> ResNetCifar:
+    """ResNet-20: three blocks per stage."""
+    return ResNetCifar(20, **options)
+
+
+def resnet32(**options: Unpack[ResNetCifarOptions]) -> ResNetCifar:
+    """ResNet-32: five blocks per stage."""
+    return ResNetCifar(32, **options)
+
+
+def resnet56(**options: Unpack[ResNetCifarOptions]) -> ResNetCifar:
+    """ResNet-56: nine blocks per stage."""
+    return ResNetCifar(56, **options)

@@ -1,0 +1,114 @@
+"""Conversion: a float network and a recipe become a quantized network and its resolved table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from research.quant.layers import SOURCES, QuantLayer, QuantOutput, replace_module
+from research.quant.quantizers import Quantizer, QuantizerSpec, Role, build_quantizer
+from research.quant.recipe import Recipe, Table, make_spec
+from research.quant.widths import PerWidth, SwitchableBatchNorm2d
+
+
+def convert(
+    net: nn.Module,
+    recipe: Recipe,
+    first: str,
+    last: str,
+    build_module: Callable[[Mapping[str, Any]], nn.Module] | None = None,
+) -> Table:
+    """Replace the convolutions and linear layers of ``net`` in place by quantized ones, by the recipe.
+
+    Neither data nor files are read; every parameter and buffer has its final shape afterwards. Parameter names of the
+    float network stay as they are.
+
+    Args:
+        net: a float network.
+        recipe: what goes where.
+        first: name of the first quantizable layer (``@first`` in rules).
+        last: name of the last one (``@last``).
+        build_module: makes a module from ``{_target_: ...}``; needed for ``recipe.replace`` only.
+
+    Returns:
+        The resolved table: layer name -> slot -> specification, in order of definition.
+
+    Raises:
+        ValueError: a recipe that does not fit the network.
+    """
+    _replace_modules(net, recipe, build_module)
+    sources = {name: module for name, module in net.named_modules() if type(module) in SOURCES}
+    table = recipe.resolve(list(sources), first, last)
+    for name, source in sources.items():
+        layer = SOURCES[type(source)](source)  # type: ignore[arg-type]
+        _fill(layer, table[name], recipe)
+        replace_module(net, name, layer)
+    _quantize_outputs(net, recipe)
+    if recipe.widths:
+        _switch_batchnorms(net, recipe)
+    return table
+
+
+def _fill(layer: QuantLayer, specs: Mapping[str, QuantizerSpec | None], recipe: Recipe) -> None:
+    shape = tuple(layer.weight.shape)
+    if (spec := specs["weight"]) is not None:
+        layer.weight_quantizer = _make(spec, shape, layer.channel_axis, "weight", recipe)
+        if layer.weight_quantizer.owns_weight:
+            layer.weight.requires_grad_(False)
+    if (spec := specs["input"]) is not None:
+        layer.input_quantizer = _make(spec, (), None, "input", recipe)
+    if (spec := specs["output"]) is not None:
+        layer.output_quantizer = _make(spec, (), None, "output", recipe)
+
+
+def _make(
+    spec: QuantizerSpec, shape: tuple[int, ...], channel_axis: int | None, role: Role, recipe: Recipe
+) -> Quantizer:
+    if recipe.widths and spec.bits in recipe.widths:
+        return PerWidth(spec, shape, channel_axis, role, recipe.widths)
+    return build_quantizer(spec, shape, channel_axis, role)
+
+
+def _parameter_free(net: nn.Module, match: str, key: str) -> list[str]:
+    """Names of the parameter-free leaf modules that ``match`` matches as a whole."""
+    names = [
+        name
+        for name, module in net.named_modules()
+        if name and not list(module.children()) and not list(module.parameters()) and re.fullmatch(match, name)
+    ]
+    if not names:
+        raise ValueError(f"{key}.match={match!r} matches no activation or residual add: see print(model) for names")
+    return names
+
+
+def _replace_modules(
+    net: nn.Module, recipe: Recipe, build_module: Callable[[Mapping[str, Any]], nn.Module] | None
+) -> None:
+    for index, (match, target) in enumerate(recipe.replace):
+        assert build_module is not None, "recipe.replace needs build_module"
+        for name in _parameter_free(net, match, f"quantizer.replace[{index}]"):
+            replace_module(net, name, build_module(target))
+
+
+def _quantize_outputs(net: nn.Module, recipe: Recipe) -> None:
+    for index, rule in enumerate(recipe.outputs):
+        key = f"quantizer.outputs[{index}]"
+        spec = make_spec(rule.settings["output"], f"{key}.quantizer")
+        if spec is None:
+            raise ValueError(f"{key}.quantizer: name a quantizer with bits below 32, or leave the entry out")
+        for name in _parameter_free(net, rule.match, key):
+            replace_module(net, name, QuantOutput(net.get_submodule(name), _make(spec, (), None, "output", recipe)))
+
+
+def _switch_batchnorms(net: nn.Module, recipe: Recipe) -> None:
+    default = [
+        settings["bits"] for settings in (recipe.weight, recipe.input) if settings and settings["bits"] in recipe.widths
+    ]
+    if not default:
+        raise ValueError(f"quantizer.widths={list(recipe.widths)}: quantizer.bits must be one of them")
+    for name, module in list(net.named_modules()):
+        if type(module) is nn.BatchNorm2d:
+            replace_module(net, name, SwitchableBatchNorm2d(module, recipe.widths, default[0]))

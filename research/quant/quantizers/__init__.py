@@ -1,0 +1,50 @@
+"""Quantizers by name, and how a specification becomes a module."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from research.quant.quantizers.base import MODES, Mode, Quantizer, QuantizerSpec, Role
+
+REGISTRY: dict[str, str] = {
+    "minmax": "research.quant.quantizers.minmax.MinMax",
+    "lsq": "research.quant.quantizers.lsq.LSQ",
+    "lsq_plus": "research.quant.quantizers.lsq_plus.LSQPlus",
+    "pact": "research.quant.quantizers.pact.PACT",
+    "dorefa": "research.quant.quantizers.dorefa.DoReFa",
+    "ewgs": "research.quant.quantizers.ewgs.EWGS",
+}
+
+
+def quantizer_class(name: str) -> type[Quantizer]:
+    """The Quantizer class registered as ``name``, or the one a dotted path names.
+
+    Raises:
+        ValueError: unknown name, or something that is no Quantizer.
+    """
+    path = REGISTRY.get(name, name)
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        raise ValueError(f"quantizer name {name!r} is unknown: use one of {', '.join(REGISTRY)}") from None
+    if not (isinstance(found, type) and issubclass(found, Quantizer)):
+        raise ValueError(f"quantizer name {name!r} is no Quantizer: use one of {', '.join(REGISTRY)}")
+    return found
+
+
+def build_quantizer(spec: QuantizerSpec, shape: Sequence[int], channel_axis: int | None, role: Role) -> Quantizer:
+    """Build the quantizer that ``spec`` asks for.
+
+    Raises:
+        ValueError: unknown quantizer, or options that it does not have.
+    """
+    cls = quantizer_class(spec.name)
+    try:
+        return cls(spec, shape, channel_axis, role, **spec.options)
+    except TypeError as error:
+        raise ValueError(f"quantizer.{role}.options={spec.options}: {spec.name} says {error}") from None
+
+
+__all__ = ["MODES", "REGISTRY", "Mode", "Quantizer", "QuantizerSpec", "Role", "build_quantizer", "quantizer_class"]

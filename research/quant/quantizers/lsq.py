@@ -1,0 +1,87 @@
+"""LSQ: learned step size (Esser, McKinstry, Bablani, Appuswamy, Modha, ICLR 2020, arXiv 1902.08153).
+
+No official code was published; bounds count as inside, as in the widely used re-implementations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
+from research.quant.ranges import initial_scale
+from research.quant.ste import scale_gradient
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def lsq_gradient_factor(elements: int | Tensor, qmax: Tensor) -> Tensor:
+    """``1 / sqrt(N * Q_P)`` (LSQ, section 2.2), with ``elements`` = N of one scale and ``qmax`` = Q_P; 0-dim tensor."""
+    return torch.rsqrt(elements * torch.clamp(qmax, min=1))
+
+
+class LSQ(Quantizer):
+    """``x_hat = s * round(clip(x / s, qmin, qmax))`` with a trainable step ``s``; clip first, then round.
+
+    Derivatives (LSQ, equations 3 and 5): ``dx_hat/dx = 1`` inside (bounds included), 0 outside;
+    ``dx_hat/ds = round(x/s) - x/s`` inside, ``qmin`` or ``qmax`` outside; the gradient of ``s`` is multiplied by
+    ``1 / sqrt(N * qmax)``. N counts the elements that share one ``s``: the whole tensor, the batch included
+    (``count_batch: false`` leaves the batch axis of an input out, as the paper's text has it), or one channel of it.
+    ``s`` is kept positive by ``max(|s|, eps)``; it is exempt from weight decay.
+    """
+
+    parameter_options = {"raw_scale": {"weight_decay": 0.0}}
+    min_bits = {"weight": 2, "input": 1, "output": 1}
+
+    def __init__(
+        self,
+        spec: QuantizerSpec,
+        shape: Sequence[int],
+        channel_axis: int | None,
+        role: Role,
+        count_batch: bool = True,
+        gradient_factor: bool = True,
+    ) -> None:
+        super().__init__(spec, shape, channel_axis, role)
+        self.count_batch = count_batch
+        self.gradient_factor = gradient_factor
+        self.raw_scale = nn.Parameter(torch.ones(self.state_shape))
+
+    @property
+    def scale(self) -> Tensor:
+        """The step, positive, of ``state_shape``."""
+        return torch.clamp(self.raw_scale.abs(), min=EPS)
+
+    def _elements(self, x: Tensor) -> int:
+        if self.role != "weight" and not self.count_batch:
+            return x[0].numel()
+        return x.numel() // max(1, self.raw_scale.numel())
+
+    def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
+        """Quantize ``x`` with one scale tensor, its gradient scaled, for both division and multiplication."""
+        scale = self.scale
+        qmin, qmax = self.limits()
+        if self.gradient_factor:
+            scale = scale_gradient(scale, lsq_gradient_factor(self._elements(x), qmax))
+        transformed = torch.clamp(x / scale, qmin, qmax)
+        return (self.codes_ste(transformed) if rounding else transformed) * scale
+
+    def transform(self, x: Tensor) -> Tensor:
+        """``clip(x / s, qmin, qmax)``, in units of codes."""
+        qmin, qmax = self.limits()
+        return torch.clamp(x / self.scale, qmin, qmax)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """``s * codes``."""
+        scale = self.scale
+        return codes.to(scale.dtype) * scale
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set ``s`` from data by ``spec.init`` (``lsq``: ``2 mean|x| / sqrt(qmax)``, LSQ section 2.1)."""
+        self.settle_sign(x)
+        qmin, qmax = self.limits()
+        self.raw_scale.copy_(initial_scale(x, self.spec.init, qmin, qmax, self.channel_axis))
+        self.initialised.fill_(True)

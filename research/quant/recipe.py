@@ -1,0 +1,175 @@
+"""Recipe: which quantizer goes where, as plain data: three defaults, ordered rules, or a table of an earlier run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from research.quant.quantizers.base import QuantizerSpec
+
+FLOAT_BITS = 32
+SLOT_KEYS = ("weight", "input", "output")
+RECIPE_KEYS = (*SLOT_KEYS, "rules", "outputs", "replace", "table", "widths", "bits")
+
+Settings = Mapping[str, Any]
+LayerSpecs = dict[str, QuantizerSpec | None]
+Table = dict[str, LayerSpecs]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings for the layers whose whole name ``match`` matches (a regular expression, or ``@first``/``@last``)."""
+
+    match: str
+    settings: Mapping[str, Settings | None]
+
+    def matches(self, name: str, first: str, last: str) -> bool:
+        """Whether the rule speaks of layer ``name``."""
+        if self.match in ("@first", "@last"):
+            return name == (first if self.match == "@first" else last)
+        return re.fullmatch(self.match, name) is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Weight, input and output quantizers of every layer.
+
+    Args:
+        weight, input, output: default settings of a slot (fields of ``QuantizerSpec``), None for no quantizer.
+        rules: ordered; every rule that matches a layer changes the settings named in it, later rules win.
+        outputs: rules for quantizers on the output of any parameter-free module (activation, residual add).
+        replace: pairs (regular expression, ``{_target_: ...}``) for exchanging parameter-free modules.
+        table: resolved settings by layer, in place of defaults and rules.
+        widths: widths that get a state of their own (scales and batch-norm).
+    """
+
+    weight: Settings | None = None
+    input: Settings | None = None
+    output: Settings | None = None
+    rules: Sequence[Rule] = ()
+    outputs: Sequence[Rule] = ()
+    replace: Sequence[tuple[str, Settings]] = ()
+    table: Mapping[str, Mapping[str, Settings | None]] | None = None
+    widths: Sequence[int] = ()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> Recipe:
+        """Read the plain ``quantizer`` part of a configuration.
+
+        Raises:
+            ValueError: an unknown key, naming it.
+        """
+        config = dict(config or {})
+        for key in config:
+            if key not in RECIPE_KEYS:
+                raise ValueError(f"quantizer.{key} is unknown: use one of {', '.join(RECIPE_KEYS)}")
+        rules = [_rule(entry, f"quantizer.rules[{index}]") for index, entry in enumerate(config.get("rules") or [])]
+        outputs = [
+            Rule(entry["match"], {"output": entry["quantizer"]})
+            for index, entry in enumerate(config.get("outputs") or [])
+            if _exact_keys(entry, {"match", "quantizer"}, f"quantizer.outputs[{index}]")
+        ]
+        replace = [
+            (entry["match"], entry["module"])
+            for index, entry in enumerate(config.get("replace") or [])
+            if _exact_keys(entry, {"match", "module"}, f"quantizer.replace[{index}]")
+        ]
+        slots = {slot: config.get(slot) for slot in SLOT_KEYS}
+        table = config.get("table")
+        return cls(**slots, rules=rules, outputs=outputs, replace=replace, table=table, widths=config.get("widths") or ())
+
+    def resolve(self, names: Sequence[str], first: str, last: str) -> Table:
+        """The specification of every slot of every layer.
+
+        Raises:
+            ValueError: a rule that matches no layer, a table that does not fit the network, or bad settings.
+        """
+        if self.table is not None:
+            return self._from_table(names)
+        for index, rule in enumerate(self.rules):
+            if not any(rule.matches(name, first, last) for name in names):
+                raise ValueError(
+                    f"quantizer.rules[{index}].match={rule.match!r} matches no layer: use a regular expression for a "
+                    f"whole layer name such as {first!r}, or @first, @last"
+                )
+        table: Table = {}
+        for name in names:
+            applicable = [rule for rule in self.rules if rule.matches(name, first, last)]
+            table[name] = {}
+            for slot in SLOT_KEYS:
+                settings = getattr(self, slot)
+                for rule in applicable:
+                    if slot in rule.settings:
+                        change = rule.settings[slot]
+                        settings = None if change is None else {**(settings or {}), **change}
+                table[name][slot] = make_spec(settings, f"quantizer.{slot}")
+        return table
+
+    def _from_table(self, names: Sequence[str]) -> Table:
+        assert self.table is not None
+        missing = [name for name in names if name not in self.table]
+        surplus = [name for name in self.table if name not in names]
+        if missing or surplus:
+            raise ValueError(
+                f"quantizer.table does not fit this model: missing {missing[:3]}, not in the model {surplus[:3]}; "
+                "use a table written by a run of the same model"
+            )
+        return {
+            name: {slot: make_spec(self.table[name].get(slot), f"quantizer.table.{name}.{slot}") for slot in SLOT_KEYS}
+            for name in names
+        }
+
+
+def make_spec(settings: Settings | None, key: str) -> QuantizerSpec | None:
+    """A specification from plain settings; None for no settings or for 32 bits.
+
+    Raises:
+        ValueError: unknown field or bad value, naming ``key``.
+    """
+    if settings is None or settings.get("bits") == FLOAT_BITS:
+        return None
+    known = [field.name for field in fields(QuantizerSpec)]
+    for field in settings:
+        if field not in known:
+            raise ValueError(f"{key}.{field} is unknown: use one of {', '.join(known)}")
+    values = dict(settings)
+    values["options"] = dict(values.get("options") or {})
+    return QuantizerSpec(**values)
+
+
+def table_to_plain(table: Table) -> dict[str, dict[str, dict[str, Any] | None]]:
+    """A table as plain containers, fit for YAML and for ``quantizer.table``."""
+    return {
+        name: {slot: None if spec is None else {f.name: getattr(spec, f.name) for f in fields(spec)}
+               for slot, spec in slots.items()}
+        for name, slots in table.items()
+    }  # fmt: skip
+
+
+def format_table(table: Table) -> str:
+    """The table as aligned text, a line a layer: ``name  weight  input  output``, e.g. ``lsq 4``."""
+    rows = [("layer", *SLOT_KEYS)]
+    rows += [(name, *(_cell(slots[slot]) for slot in SLOT_KEYS)) for name, slots in table.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _cell(spec: QuantizerSpec | None) -> str:
+    if spec is None:
+        return "float"
+    return f"{spec.name.rpartition('.')[2]} {spec.bits}" + (" per channel" if spec.granularity == "channel" else "")
+
+
+def _rule(entry: Mapping[str, Any], key: str) -> Rule:
+    allowed = {"match", *SLOT_KEYS}
+    if "match" not in entry or not set(entry) <= allowed:
+        raise ValueError(f"{key}={dict(entry)}: a rule has 'match' and some of {', '.join(SLOT_KEYS)}")
+    return Rule(entry["match"], {slot: entry[slot] for slot in SLOT_KEYS if slot in entry})
+
+
+def _exact_keys(entry: Mapping[str, Any], keys: set[str], key: str) -> bool:
+    if set(entry) != keys:
+        raise ValueError(f"{key}={dict(entry)}: use exactly the keys {', '.join(sorted(keys))}")
+    return True

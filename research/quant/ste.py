@@ -1,0 +1,45 @@
+"""The straight-through estimator: the one place where a rounded value meets the gradient of something else.
+
+Everything is written in the *detach form*, ``value + (surrogate - surrogate.detach())``: the forward pass gives
+``value`` exactly (the bracket is zero), every derivative of any order is that of ``surrogate``. A hand-written
+``autograd.Function`` that saves tensors for its backward has the same first derivatives but wrong second ones
+(its Hessian is not even symmetric), so it must not be used where curvature is measured.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value`` in the forward pass, ``surrogate`` in every derivative (Bengio, Leonard, Courville 2013).
+
+    Both have the same shape; exact in the forward pass for finite ``surrogate``.
+    """
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Half-to-even rounding with the identity as its derivative."""
+    return straight_through(torch.round(x), x)
+
+
+def floor_ste(x: Tensor) -> Tensor:
+    """Floor with the identity as its derivative."""
+    return straight_through(torch.floor(x), x)
+
+
+def ceil_ste(x: Tensor) -> Tensor:
+    """Ceiling with the identity as its derivative."""
+    return straight_through(torch.ceil(x), x)
+
+
+def sign_ste(x: Tensor) -> Tensor:
+    """Sign (``+1`` at zero) with the identity as its derivative (DoReFa-Net's binary weights)."""
+    return straight_through(torch.where(x >= 0, 1.0, -1.0).to(x.dtype), x)
+
+
+def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
+    """``x`` in the forward pass, its gradient multiplied by ``factor`` (LSQ, section 2.2). Exact in the forward."""
+    return straight_through(x, x * factor)

@@ -1,0 +1,1 @@
+"""Run folders: records, checkpoints, exact resume and loggers of one run."""

@@ -1,0 +1,154 @@
+"""The run folder: `<paths.runs>/<experiment>/<hash of the resolved config>/`, one folder per configuration."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research.runs.files import writing
+from research.runs.records import read_config, read_summary
+
+NOT_IDENTITY = ("paths", "logger", "hydra", "display", "from_run")
+"""Top-level config keys that say where and how a run is shown, not what it computes."""
+
+DISPLAY_OPTIONS = ("enable_progress_bar", "enable_model_summary")
+"""Keys under `trainer` that are of the same kind."""
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """First 10 hex digits of the SHA-256 of the canonical JSON of a resolved plain config, less what is only display."""
+    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    if isinstance(identity.get("trainer"), Mapping):
+        identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in DISPLAY_OPTIONS}
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything that one run leaves behind."""
+
+    path: Path
+    experiment: str
+    hash: str
+
+    @classmethod
+    def open(cls, root: Path | str, experiment: str, config: Mapping[str, Any]) -> "RunFolder":
+        """The folder of this configuration, made where missing; the same configuration always gives the same folder.
+
+        Raises ValueError, naming `experiment` or `paths.runs`, for a name that is no folder name or a root that cannot
+        be written.
+        """
+        if not re.fullmatch(r"\w[\w.+=-]*", experiment):
+            raise ValueError(f"experiment={experiment!r} is not a folder name; use letters, digits, _ - . + = only")
+        digest = config_hash(config)
+        folder = cls(Path(root).absolute() / experiment / digest, experiment, digest)
+        with writing(folder.path):
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            folder._lock_path.touch()
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path | str) -> "RunFolder":
+        """The folder that an earlier run wrote (`run=DIR` of evaluate and export).
+
+        Raises ValueError where `config.yaml` is missing.
+        """
+        folder = Path(path).absolute()
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(
+                f"run={path}: not a run folder (no config.yaml in it); give <paths.runs>/<experiment>/<hash>, "
+                "the path that training printed"
+            )
+        return cls(folder, folder.parent.name, config_hash(read_config(folder / "config.yaml")))
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def overrides_path(self) -> Path:
+        """The overrides of the command line."""
+        return self.path / "overrides.yaml"
+
+    @property
+    def environment_path(self) -> Path:
+        """The environment snapshot."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The metrics record."""
+        return self.path / "metrics.csv"
+
+    @property
+    def summary_path(self) -> Path:
+        """The summary, one row per deployment; present only where the run finished."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of last.ckpt, previous.ckpt and best.ckpt."""
+        return self.path / "checkpoints"
+
+    @property
+    def table_path(self) -> Path:
+        """The resolved per-layer table of the recipe."""
+        return self.path / "table.yaml"
+
+    @property
+    def artifact(self) -> Path:
+        """Folder of the integer artifact."""
+        return self.path / "artifact"
+
+    @property
+    def final(self) -> Path:
+        """Weights of the finalised network."""
+        return self.path / "final.safetensors"
+
+    @property
+    def wandb(self) -> Path:
+        """Folder of the W&B run."""
+        return self.path / "wandb"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a valid summary exists."""
+        if not self.summary_path.is_file():
+            return False
+        try:
+            return bool(read_summary(self.summary_path)["hash"] == self.hash)
+        except ValueError:
+            return False
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / ".lock"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; the kernel lets go of it however the process ends.
+
+        Raises ValueError, naming the holder's process id, where another process has it.
+        """
+        with self._lock_path.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = file.read().strip() or "unknown"
+                raise ValueError(
+                    f"run folder {self.path} is in use by process {holder}; wait for it, or change seed or experiment"
+                ) from error
+            file.truncate()
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+            file.seek(0)
+            file.truncate()
