@@ -16,12 +16,13 @@ class ImageLoader:
     """Iterates over an `ImageSet` in batches `(x, y)`: x float32 NCHW (channels_last), y int64, on the set's device.
 
     The *global* batch of `batch_size * world_size` images is drawn and augmented from one key, and each rank computes
-    its contiguous slice: two processes of b images see what one process of 2b images sees, bit for bit. Every rank makes
-    the same number of batches and no image comes twice; a last incomplete global batch is shared out evenly, and when it
-    has fewer images than there are ranks it is added to the batch before it.
+    its contiguous slice: two processes of b images see what one process of 2b images sees, bit for bit. Every rank
+    makes the same number of batches and no image comes twice; a last incomplete global batch is shared out evenly, and
+    when it has fewer images than there are ranks it is added to the batch before it.
 
     Epochs are counted by the caller (`set_epoch`, as with `torch.utils.data.DistributedSampler`; Lightning does it).
-    `state_dict` holds the epoch and the batches yielded in it; after `load_state_dict` the next iteration goes on there.
+    `state_dict` holds the epoch and the batches yielded in it; after `load_state_dict` the next iteration goes on
+    there.
 
     Args:
         images: the set; moved to `device`.
@@ -38,6 +39,8 @@ class ImageLoader:
         rank: of this process.
         world_size: number of processes.
     """
+
+    batch_sampler = None  # Lightning looks for this attribute wherever there is a `sampler`
 
     def __init__(
         self,
@@ -58,7 +61,9 @@ class ImageLoader:
     ) -> None:
         channels = images.images.shape[3]
         if len(mean) != channels or len(std) != channels:
-            raise ValueError(f"data.mean={list(mean)}, data.std={list(std)}: use {channels} values each, one per channel")
+            raise ValueError(
+                f"data.mean={list(mean)}, data.std={list(std)}: use {channels} values each, one per channel"
+            )
         self.images = images.to(device)
         self.batch_size = batch_size
         self.size = images.images.shape[1] if size is None else size
@@ -101,8 +106,8 @@ class ImageLoader:
         """Make the next iteration go on after the batches that `state` counts."""
         if not 0 <= state["batches"] <= len(self):
             raise ValueError(
-                f"data.batch_size={self.batch_size * self.world_size}: the checkpoint stands at batch {state['batches']} "
-                f"of an epoch of {len(self)}; use the batch size and the data parts that it was saved with"
+                f"data.batch_size={self.batch_size * self.world_size}: the checkpoint stands at batch "
+                f"{state['batches']} of an epoch of {len(self)}; use the batch size and data parts it was saved with"
             )
         self._epoch, self._batches, self._resume_at = state["epoch"], state["batches"], state["batches"]
 

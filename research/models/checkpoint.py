@@ -24,7 +24,7 @@ def first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
             return f"it has no tensor {name}"
         if found[name].shape != tensor.shape:
             return f"{name} has shape {tuple(found[name].shape)}, the model expects {tuple(tensor.shape)}"
-    for name in found:
+    for name in sorted(found):
         if name not in expected:
             return f"the model has no tensor {name}"
     return None
@@ -41,7 +41,7 @@ def load_float_checkpoint(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"model.checkpoint={path}: only safetensors files are read (pickled ones can run code); use a .safetensors file"
+            f"model.checkpoint={path}: pickled weights can run code and are not read; use a .safetensors file"
         )
     if not path.is_file():
         raise ValueError(f"model.checkpoint={path}: no such file; use the path of a .safetensors file")

@@ -8,7 +8,7 @@ from torch import nn
 class ConvBlock(nn.Sequential):
     """Children `conv` (square kernel, same padding, no bias), `bn` and, unless None, `relu` or `relu6`.
 
-    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). The activation's name is its type's.
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
     """
 
     def __init__(
@@ -21,9 +21,7 @@ class ConvBlock(nn.Sequential):
         activation: type[nn.ReLU] | type[nn.ReLU6] | None = nn.ReLU,
     ) -> None:
         children: OrderedDict[str, nn.Module] = OrderedDict(
-            conv=nn.Conv2d(
-                in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
-            ),
+            conv=nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
             bn=nn.BatchNorm2d(out_channels),
         )
         if activation is not None:

@@ -50,11 +50,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`."""
+        residual = self.relu1(self.bn1(self.conv1(x)))
+        residual = self.bn2(self.conv2(residual))
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu1(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        x = self.relu2(self.add(x, shortcut))
-        return x
+        output: Tensor = self.relu2(self.add(residual, shortcut))
+        return output
 
 
 class PreactivationBlock(nn.Module):
@@ -88,10 +88,10 @@ class PreactivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`."""
         activated = self.relu1(self.bn1(x))
+        residual = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
         shortcut = x if self.downsample is None else self.downsample(activated)
-        x = self.relu2(self.bn2(self.conv1(activated)))
-        x = self.add(self.conv2(x), shortcut)
-        return x
+        output: Tensor = self.add(residual, shortcut)
+        return output
 
 
 def residual_stage(

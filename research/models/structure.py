@@ -28,8 +28,8 @@ class Structure:
 class FloatModel(nn.Module, ABC):
     """Base of all float networks: images (N, C, H, W) -> logits (N, num_classes).
 
-    Every operation of `forward` is a named leaf module and is called exactly once. `structure()` depends on names only,
-    so it still holds after the layers were replaced by quantized ones.
+    Every operation of `forward` is a named leaf module and is called exactly once. `structure()` still holds after
+    layers were replaced by quantized ones of the same names.
     """
 
     @abstractmethod

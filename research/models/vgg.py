@@ -53,7 +53,7 @@ class Vgg(FloatModel):
 
 
 def vgg_small(num_classes: int = 10, in_channels: int = 3, image_size: int = 32) -> Vgg:
-    """VGG-small of the low-bit literature (LQ-Nets, arXiv:1807.10029, section 4): six convolutions, one linear layer.
+    """VGG-small of the low-bit literature (as in LQ-Nets, arXiv:1807.10029): six convolutions, one linear layer.
 
     Order conv-bn-relu-pool, which folds for any sign of the norm's weight; LQ-Nets' code pools before the norm.
     """
@@ -61,5 +61,5 @@ def vgg_small(num_classes: int = 10, in_channels: int = 3, image_size: int = 32)
 
 
 def vgg16_bn(num_classes: int = 10, in_channels: int = 3, image_size: int = 32) -> Vgg:
-    """VGG-16 with batch-norm (arXiv:1409.1556, column D) and the single linear layer usual for CIFAR: 512 -> classes."""
+    """VGG-16 with batch-norm (arXiv:1409.1556, column D) with the one linear layer usual for CIFAR, 512 -> classes."""
     return Vgg(VGG16, num_classes, in_channels, image_size)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from research.quant.conv_bn import fold_into_quant
 from research.quant.layers import SOURCES, QuantLayer, QuantOutput, replace_module
 from research.quant.quantizers import Quantizer, QuantizerSpec, Role, build_quantizer
 from research.quant.recipe import Recipe, Table, make_spec
@@ -20,11 +21,12 @@ def convert(
     first: str,
     last: str,
     build_module: Callable[[Mapping[str, Any]], nn.Module] | None = None,
+    conv_bn: Sequence[tuple[str, str]] = (),
 ) -> Table:
     """Replace the convolutions and linear layers of ``net`` in place by quantized ones, by the recipe.
 
     Neither data nor files are read; every parameter and buffer has its final shape afterwards. Parameter names of the
-    float network stay as they are.
+    float network stay as they are, except with ``fold_bn: 0``, which folds the present values for good.
 
     Args:
         net: a float network.
@@ -32,6 +34,7 @@ def convert(
         first: name of the first quantizable layer (``@first`` in rules).
         last: name of the last one (``@last``).
         build_module: makes a module from ``{_target_: ...}``; needed for ``recipe.replace`` only.
+        conv_bn: names of (convolution, batch-norm) pairs; needed for ``recipe.fold_bn`` only.
 
     Returns:
         The resolved table: layer name -> slot -> specification, in order of definition.
@@ -43,9 +46,11 @@ def convert(
     sources = {name: module for name, module in net.named_modules() if type(module) in SOURCES}
     table = recipe.resolve(list(sources), first, last)
     for name, source in sources.items():
-        layer = SOURCES[type(source)](source)  # type: ignore[arg-type]
+        layer = SOURCES[type(source)](source)
         _fill(layer, table[name], recipe)
         replace_module(net, name, layer)
+    if recipe.fold_bn is not None:
+        fold_into_quant(net, conv_bn, recipe.fold_bn)
     _quantize_outputs(net, recipe)
     if recipe.widths:
         _switch_batchnorms(net, recipe)

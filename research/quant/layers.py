@@ -45,9 +45,16 @@ class QuantLayer(nn.Module):
             self.register_module(slot, None)
         self.weight_offset = None
 
+    def float_weight(self) -> Tensor:
+        """What the weight quantizer quantizes: ``weight``, unless the layer folds something into it."""
+        return self.weight
+
     def quantized_weight(self) -> Tensor:
         """The weight that the operation uses (shape of ``weight``)."""
-        weight = self.weight
+        return self.quantize_weight(self.float_weight())
+
+    def quantize_weight(self, weight: Tensor) -> Tensor:
+        """``weight`` through the weight slots (shape of ``weight``)."""
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
         if self.weight_override is not None:
@@ -90,7 +97,12 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
         """2-D convolution, (N, C, H, W) -> (N, C', H', W')."""
-        return self._conv_forward(x, weight, self.bias)
+        return self.convolve(x, weight, self.bias)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with any weight and bias; stride, padding and groups are the layer's."""
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
 
 
 class QuantLinear(QuantLayer, nn.Linear):

@@ -54,7 +54,7 @@ def passes(
             _known(modes, dict.fromkeys(("weight", "input", "output")), "role")
             for quantizer in found.values():
                 if quantizer.role in modes:
-                    stack.enter_context(_rebound(quantizer, "mode", modes[quantizer.role]))
+                    stack.enter_context(rebound(quantizer, "mode", modes[quantizer.role]))
         if batchnorm is not None:
             _enter_batchnorm(stack, net, batchnorm)
         yield
@@ -79,7 +79,7 @@ def weight_leaves(net: nn.Module, values: Mapping[str, Tensor] | None = None) ->
         for name, layer in layers.items():
             given = None if values is None else values.get(name)
             offset = torch.zeros_like(layer.weight, requires_grad=True) if given is None else given
-            stack.enter_context(_rebound(layer, "weight_offset", offset))
+            stack.enter_context(rebound(layer, "weight_offset", offset))
             offsets[name] = offset
         yield offsets
 
@@ -95,7 +95,8 @@ def _roles(found: Mapping[str, Quantizer]) -> set[str]:
 
 
 @contextmanager
-def _rebound(owner: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+def rebound(owner: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    """Bind ``owner.attribute`` to ``value`` inside the block."""
     before = getattr(owner, attribute)
     setattr(owner, attribute, value)
     try:
@@ -105,13 +106,26 @@ def _rebound(owner: nn.Module, attribute: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every module's own training flag afterwards."""
+    flags = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
 def _width(quantizer: Quantizer, width: Bits) -> Iterator[None]:
     if isinstance(quantizer, PerWidth):
-        with _rebound(quantizer, "selected", quantizer.key(width)):
+        key = quantizer.key(width)
+        with rebound(quantizer, "selected", key), rebound(quantizer, "bits", quantizer.by_width[key].bits):
             yield
         return
     bits = width if isinstance(width, Tensor) else torch.full_like(quantizer.bits, float(width))
-    with _rebound(quantizer, "bits", bits):
+    with rebound(quantizer, "bits", bits):
         yield
 
 
@@ -119,10 +133,10 @@ def _enter_batchnorm(stack: ExitStack, net: nn.Module, batchnorm: str | int) -> 
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if batchnorm in BATCHNORM:
         for norm in norms:
-            stack.enter_context(_rebound(norm, "training", batchnorm == "batch"))
+            stack.enter_context(rebound(norm, "training", batchnorm == "batch"))
         return
     switchable = [module for module in net.modules() if isinstance(module, SwitchableBatchNorm2d)]
     if not switchable:
         raise ValueError(f"passes: batchnorm={batchnorm!r} needs quantizer.widths; else use one of {BATCHNORM}")
     for norms_by_width in switchable:
-        stack.enter_context(_rebound(norms_by_width, "selected", norms_by_width.key(batchnorm)))
+        stack.enter_context(rebound(norms_by_width, "selected", norms_by_width.key(batchnorm)))

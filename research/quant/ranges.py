@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
-METHODS = ("lsq", "minmax", "mse", "percentile")
+METHODS = ("lsq", "minmax", "mse", "percentile", "three_sigma")
 PERCENTILE = 0.99999
 COARSE, FINE = 40, 20
 
@@ -59,6 +59,13 @@ def clipstd_range(x: Tensor, channel_axis: int | None = None, width: float = 2.6
     return torch.minimum(low, least), torch.maximum(high, greatest)
 
 
+def three_sigma_range(x: Tensor, channel_axis: int | None = None) -> Range:
+    """``mean -+ 3 std`` with the population's std (LSQ+, Bhalgat et al. 2020, weight initialisation)."""
+    mean = _reduce(x, "mean", channel_axis)
+    spread = 3 * torch.sqrt(_reduce((x - mean).square(), "mean", channel_axis))
+    return mean - spread, mean + spread
+
+
 def percentile_range(x: Tensor, fraction: float = PERCENTILE, channel_axis: int | None = None) -> Range:
     """Min-max clipped to the ``fraction`` quantile of ``|x|`` (the least value not below that share of all)."""
     size = x.numel() if channel_axis is None else x.shape[channel_axis]
@@ -88,7 +95,7 @@ def power_of_two(scale: Tensor) -> Tensor:
 def affine_from_range(
     low: Tensor, high: Tensor, qmin: Tensor, qmax: Tensor, symmetric: bool, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
-    """``(scale, zero_point)`` of a range, first extended to contain 0 (MQBench, section "Range observers").
+    """``(scale, zero_point)`` of a range, first extended to contain 0 (MQBench).
 
     Symmetric: ``scale = max(-low, high) / ((qmax - qmin) / 2)`` for signed codes (127.5 at 8 bits, 127 if narrow),
     ``high / qmax`` for unsigned ones; zero point 0. Otherwise ``scale = (high - low) / (qmax - qmin)`` and
@@ -155,9 +162,39 @@ def mse_scale(x: Tensor, qmin: Tensor, qmax: Tensor, channel_axis: int | None = 
     return scale
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"quantizer.*.init={method!r}: use one of {', '.join(METHODS)}")
+def refine_offset(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    qmin: Tensor,
+    qmax: Tensor,
+    channel_axis: int | None = None,
+    steps: int = 20,
+) -> tuple[Tensor, Tensor]:
+    """``(scale, offset)`` of lower ``||scale * codes + offset - x||^2`` than those given, by alternating least squares.
+
+    Each step takes the codes for the present pair, then the pair of the linear regression of ``x`` on the codes; the
+    error never grows. This solves LSQ+'s initialisation of activations.
+    """
+    for _ in range(steps):
+        codes = torch.clamp(torch.round((x - offset) / scale), qmin, qmax)
+        mean_codes, mean_x = _reduce(codes, "mean", channel_axis), _reduce(x, "mean", channel_axis)
+        spread = _reduce((codes - mean_codes).square(), "mean", channel_axis)
+        slope = _reduce((codes - mean_codes) * (x - mean_x), "mean", channel_axis) / spread
+        usable = slope > EPS  # false (or NaN) where all data have one code
+        scale = torch.where(usable, slope, scale)
+        offset = torch.where(usable, mean_x - slope * mean_codes, offset)
+    return scale, offset
+
+
+def _range(x: Tensor, method: str, channel_axis: int | None) -> Range:
+    if method == "minmax":
+        return minmax_range(x, channel_axis)
+    if method == "percentile":
+        return percentile_range(x, channel_axis=channel_axis)
+    if method == "three_sigma":
+        return three_sigma_range(x, channel_axis)
+    raise ValueError(f"quantizer.*.init={method!r}: use one of {', '.join(METHODS)}")
 
 
 def _work(x: Tensor) -> Tensor:
@@ -169,24 +206,25 @@ def initial_scale(x: Tensor, method: str, qmin: Tensor, qmax: Tensor, channel_ax
 
     Args:
         x: the data, any shape.
-        method: ``lsq``, ``minmax``, ``mse`` or ``percentile``.
+        method: ``lsq``, ``minmax``, ``mse``, ``percentile``, or ``three_sigma`` (the range's longer side is the most
+            negative code, as LSQ+ has it for weights).
         qmin, qmax: limits of the codes; ``qmin == 0`` means unsigned.
         channel_axis: axis with one scale per index, None for one scale.
 
     Raises:
         ValueError: unknown method.
     """
-    _check_method(method)
     x = _work(x)
     if method == "lsq":
         scale = lsq_scale(x, qmax, channel_axis)
     elif method == "mse":
         scale = mse_scale(x, qmin, qmax, channel_axis)
     else:
-        low, high = (
-            minmax_range(x, channel_axis) if method == "minmax" else percentile_range(x, channel_axis=channel_axis)
-        )
-        scale, _ = affine_from_range(low, high, qmin, qmax, symmetric=True)
+        low, high = _range(x, method, channel_axis)
+        if method == "three_sigma":
+            scale = torch.maximum(low.abs(), high.abs()) / torch.clamp(torch.where(qmin < 0, -qmin, qmax), min=1)
+        else:
+            scale, _ = affine_from_range(low, high, qmin, qmax, symmetric=True)
     return torch.where(scale > EPS, scale, 1.0)
 
 
@@ -194,18 +232,14 @@ def initial_affine(
     x: Tensor, method: str, qmin: Tensor, qmax: Tensor, channel_axis: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(scale, zero_point)`` of an asymmetric grid for the data ``x``; arguments and errors as `initial_scale`."""
-    _check_method(method)
     x = _work(x)
     if method == "lsq":
         scale = torch.clamp(lsq_scale(x, qmax, channel_axis), min=EPS)
         low = torch.clamp(minmax_range(x, channel_axis)[0], max=0)
         zero_point = torch.clamp(qmin - torch.round(low / scale), qmin, qmax)
     else:
-        if method == "minmax":
-            low, high = minmax_range(x, channel_axis)
-        elif method == "mse":
-            low, high = mse_range(x, qmin, qmax, False, channel_axis)
-        else:
-            low, high = percentile_range(x, channel_axis=channel_axis)
+        low, high = (
+            mse_range(x, qmin, qmax, False, channel_axis) if method == "mse" else _range(x, method, channel_axis)
+        )
         scale, zero_point = affine_from_range(low, high, qmin, qmax, symmetric=False)
     return torch.where(scale > EPS, scale, 1.0), zero_point

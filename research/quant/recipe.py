@@ -11,7 +11,7 @@ from research.quant.quantizers.base import QuantizerSpec
 
 FLOAT_BITS = 32
 SLOT_KEYS = ("weight", "input", "output")
-RECIPE_KEYS = (*SLOT_KEYS, "rules", "outputs", "replace", "table", "widths", "bits")
+RECIPE_KEYS = (*SLOT_KEYS, "rules", "outputs", "replace", "table", "widths", "fold_bn", "bits")
 
 Settings = Mapping[str, Any]
 LayerSpecs = dict[str, QuantizerSpec | None]
@@ -43,6 +43,7 @@ class Recipe:
         replace: pairs (regular expression, ``{_target_: ...}``) for exchanging parameter-free modules.
         table: resolved settings by layer, in place of defaults and rules.
         widths: widths that get a state of their own (scales and batch-norm).
+        fold_bn: strategy 0 to 4 of folding batch-norms into convolutions, None for no folding.
     """
 
     weight: Settings | None = None
@@ -53,6 +54,7 @@ class Recipe:
     replace: Sequence[tuple[str, Settings]] = ()
     table: Mapping[str, Mapping[str, Settings | None]] | None = None
     widths: Sequence[int] = ()
+    fold_bn: int | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Recipe:
@@ -77,8 +79,18 @@ class Recipe:
             if _exact_keys(entry, {"match", "module"}, f"quantizer.replace[{index}]")
         ]
         slots = {slot: config.get(slot) for slot in SLOT_KEYS}
-        table = config.get("table")
-        return cls(**slots, rules=rules, outputs=outputs, replace=replace, table=table, widths=config.get("widths") or ())
+        widths, fold_bn = config.get("widths") or (), _fold_bn(config.get("fold_bn"))
+        if widths and fold_bn is not None:
+            raise ValueError(f"quantizer.fold_bn={fold_bn}: quantizer.widths needs batch-norms of its own; use none")
+        return cls(
+            **slots,
+            rules=rules,
+            outputs=outputs,
+            replace=replace,
+            table=config.get("table"),
+            widths=widths,
+            fold_bn=fold_bn,
+        )
 
     def resolve(self, names: Sequence[str], first: str, last: str) -> Table:
         """The specification of every slot of every layer.
@@ -150,16 +162,25 @@ def table_to_plain(table: Table) -> dict[str, dict[str, dict[str, Any] | None]]:
 
 def format_table(table: Table) -> str:
     """The table as aligned text, a line a layer: ``name  weight  input  output``, e.g. ``lsq 4``."""
-    rows = [("layer", *SLOT_KEYS)]
+    rows: list[tuple[str, ...]] = [("layer", *SLOT_KEYS)]
     rows += [(name, *(_cell(slots[slot]) for slot in SLOT_KEYS)) for name, slots in table.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _cell(spec: QuantizerSpec | None) -> str:
     if spec is None:
         return "float"
     return f"{spec.name.rpartition('.')[2]} {spec.bits}" + (" per channel" if spec.granularity == "channel" else "")
+
+
+def _fold_bn(value: Any) -> int | None:
+    if value in (None, "none"):
+        return None
+    if isinstance(value, bool) or value not in (0, 1, 2, 3, 4):
+        raise ValueError(f"quantizer.fold_bn={value}: use none, 0, 1, 2, 3 or 4")
+    return int(value)
 
 
 def _rule(entry: Mapping[str, Any], key: str) -> Rule:

@@ -71,6 +71,15 @@ class PerWidth(Quantizer):
         """The selected quantizer's zero point."""
         return self.current.zero_point
 
+    @property
+    def expected_bits(self) -> Tensor:
+        """The selected quantizer's bits."""
+        return self.current.expected_bits
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """The selected quantizer's limits (its sign comes from calibration)."""
+        return self.current.limits()
+
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """Quantize at the selected width."""
         return self.current.fake_quantize(x, rounding)

@@ -13,14 +13,14 @@ def writing(folder: Path, key: str = "paths.runs") -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"{key}: cannot write in {folder} ({reason}); free it, or set {key} to another folder") from error
+        raise ValueError(f"{key}: cannot write in {folder} ({reason}); set {key} to a folder with room") from error
 
 
 def atomic_write_bytes(path: Path, data: bytes, previous: Path | None = None) -> None:
     """Replace `path` by `data`: temporary file beside it, fsync, rename, fsync of the folder.
 
     With `previous`, the file that stood at `path` is kept under that name; between the two renames only `previous`
-    exists. Raises ValueError (one line, naming `paths.runs`) where the folder cannot be written; `path` is then as before.
+    exists. Raises ValueError, naming `paths.runs`, where the folder cannot be written; `path` is then as before.
     """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path.parent):

@@ -22,7 +22,7 @@ DISPLAY_OPTIONS = ("enable_progress_bar", "enable_model_summary")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """First 10 hex digits of the SHA-256 of the canonical JSON of a resolved plain config, less what is only display."""
+    """First 10 hex digits of the SHA-256 of a resolved plain config's canonical JSON, less what is only display."""
     identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     if isinstance(identity.get("trainer"), Mapping):
         identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in DISPLAY_OPTIONS}

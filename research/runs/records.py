@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,7 +85,7 @@ class MetricsRecord:
             self._file.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps than `step`, and a last line that a kill tore (a resumed run writes them again)."""
+        """Drop the rows of steps after `step`, and a last line that a kill tore; the resumed run writes them again."""
         self._file.close()
         kept = [row for row in read_metrics(self.path) if row.step <= step]
         atomic_write_text(self.path, ",".join(_COLUMNS) + "\n" + _lines(kept))
@@ -109,7 +109,7 @@ def read_metrics(path: Path) -> list[Metric]:
     ]
 
 
-def _lines(rows: "Sequence[Metric] | Any") -> str:
+def _lines(rows: Iterable[Metric]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows((r.step, "" if r.epoch is None else r.epoch, r.name, repr(r.value)) for r in rows)

@@ -9,14 +9,15 @@ import torch
 
 def rng_state() -> dict[str, Any]:
     """The states of all global generators (CUDA: one per visible device), loadable with `weights_only=True`."""
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
     return {
         "python": random.getstate(),
         "numpy": {
-            "keys": torch.tensor(keys.astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached_gaussian": float(cached),
+            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "position": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "cached_gaussian": float(numpy["gauss"]),
         },
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from research.quant.clipping import check_mask, clip_codes
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ranges import initial_scale
 from research.quant.ste import scale_gradient
@@ -29,7 +30,8 @@ class LSQ(Quantizer):
     ``dx_hat/ds = round(x/s) - x/s`` inside, ``qmin`` or ``qmax`` outside; the gradient of ``s`` is multiplied by
     ``1 / sqrt(N * qmax)``. N counts the elements that share one ``s``: the whole tensor, the batch included
     (``count_batch: false`` leaves the batch axis of an input out, as the paper's text has it), or one channel of it.
-    ``s`` is kept positive by ``max(|s|, eps)``; it is exempt from weight decay.
+    ``s`` is kept positive by ``max(|s|, eps)``; it is exempt from weight decay. ``mask: round_first`` counts as inside
+    what rounding brings inside, as MQBench and PyTorch's learnable fake-quantize operators do.
     """
 
     parameter_options = {"raw_scale": {"weight_decay": 0.0}}
@@ -43,10 +45,12 @@ class LSQ(Quantizer):
         role: Role,
         count_batch: bool = True,
         gradient_factor: bool = True,
+        mask: str = "clip_first",
     ) -> None:
         super().__init__(spec, shape, channel_axis, role)
         self.count_batch = count_batch
         self.gradient_factor = gradient_factor
+        self.mask = check_mask(mask)
         self.raw_scale = nn.Parameter(torch.ones(self.state_shape))
 
     @property
@@ -59,19 +63,22 @@ class LSQ(Quantizer):
             return x[0].numel()
         return x.numel() // max(1, self.raw_scale.numel())
 
+    def _with_factor(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """``parameter`` with its gradient scaled as the step's is for data ``x``."""
+        if not self.gradient_factor:
+            return parameter
+        qmax = self.limits()[1].to(parameter.dtype)
+        return scale_gradient(parameter, lsq_gradient_factor(self._elements(x), qmax))
+
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """Quantize ``x`` with one scale tensor, its gradient scaled, for both division and multiplication."""
-        scale = self.scale
-        qmin, qmax = self.limits()
-        if self.gradient_factor:
-            scale = scale_gradient(scale, lsq_gradient_factor(self._elements(x), qmax))
-        transformed = torch.clamp(x / scale, qmin, qmax)
+        scale = self._with_factor(self.scale, x)
+        transformed = clip_codes(x / scale, *self.limits(), mask=self.mask)
         return (self.codes_ste(transformed) if rounding else transformed) * scale
 
     def transform(self, x: Tensor) -> Tensor:
         """``clip(x / s, qmin, qmax)``, in units of codes."""
-        qmin, qmax = self.limits()
-        return torch.clamp(x / self.scale, qmin, qmax)
+        return clip_codes(x / self.scale, *self.limits(), mask=self.mask)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """``s * codes``."""

@@ -1,0 +1,1 @@
+"""Training mechanics: one file per paper, each a ``research.learning.mechanic.Mechanic``."""

@@ -1,0 +1,124 @@
+"""Sharpness-aware minimisation: SAM and its adaptive form ASAM, as a decorator of the objective.
+
+SAM: Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021, arXiv 2010.01412. ASAM: Kwon, Kim, Park, Choi, ICML 2021,
+arXiv 2102.11600.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
+from research.learning.mechanic import Claim, Mechanic
+
+if TYPE_CHECKING:
+    from research.learning.module import QuantModule
+
+
+def sam_perturbation(gradients: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
+    """``rho * g / ||g||_2`` (SAM, equation 2 with p = 2), the norm over all parameters together.
+
+    Args:
+        gradients: gradient by parameter name.
+        rho: radius, in units of the parameters.
+    """
+    factor = rho / (_norm(gradients) + 1e-12)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def asam_perturbation(
+    gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rho: float, eta: float
+) -> dict[str, Tensor]:
+    """``rho * T^2 g / ||T g||_2`` with ``T = |w| + eta`` for weights (ndim > 1) and 1 for the rest (ASAM, equation 9).
+
+    Args:
+        gradients: gradient by parameter name.
+        parameters: parameter by the same names.
+        rho: radius, in units relative to the parameters.
+        eta: keeps the normalisation off zero.
+    """
+    operator = {
+        name: parameters[name].detach().abs() + eta if parameters[name].ndim > 1 else torch.ones_like(gradient)
+        for name, gradient in gradients.items()
+    }
+    scaled = {name: operator[name] * gradient for name, gradient in gradients.items()}
+    factor = rho / (_norm(scaled) + 1e-12)
+    return {name: operator[name] * gradient * factor for name, gradient in scaled.items()}
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([tensor.float().square().sum() for tensor in tensors.values()]).sum().sqrt()
+
+
+class SAM(Mechanic):
+    """Minimise the loss at the worst point of a ball around the latent parameters.
+
+    Two evaluations a step: the gradient at the parameters gives the perturbation, the loss at the perturbed parameters
+    is the step's loss. The first counts for metrics and statistics; both see the same noise.
+
+    Args:
+        rho: radius of the ball; 0 is plain training, bit for bit.
+        adaptive: ASAM.
+        eta: ASAM's offset.
+        statistics: ``counted`` (only the first evaluation moves batch-norm statistics) or ``all``.
+        sync_perturbation: average the first gradient over processes, so that all ranks perturb alike and several
+            processes equal one; off, every process perturbs by its own share (the papers' m-sharpness).
+    """
+
+    slug = "sam"
+    stage = "outer"
+    claims: frozenset[Claim] = frozenset({"evaluations"})
+
+    def __init__(
+        self,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        eta: float = 0.01,
+        statistics: Literal["counted", "all"] = "counted",
+        sync_perturbation: bool = False,
+    ) -> None:
+        if rho < 0:
+            raise ValueError(f"callbacks.sam.rho={rho}: use 0 or more")
+        if statistics not in ("counted", "all"):
+            raise ValueError(f"callbacks.sam.statistics={statistics}: use counted or all")
+        self.rho = rho
+        self.adaptive = adaptive
+        self.eta = eta
+        self.statistics = statistics
+        self.sync_perturbation = sync_perturbation
+        self.ddp = "exact" if sync_perturbation else "per_replica"
+
+    def perturbation(self, module: QuantModule, loss: Tensor) -> dict[str, Tensor]:
+        """The step's perturbation by parameter name, without gradient."""
+        parameters = {name: p for name, p in module.net.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+        if self.sync_perturbation and torch.distributed.is_initialized():
+            for gradient in gradients.values():
+                torch.distributed.all_reduce(gradient)
+                gradient /= torch.distributed.get_world_size()
+        if self.adaptive:
+            return asam_perturbation(gradients, parameters, self.rho, self.eta)
+        return sam_perturbation(gradients, self.rho)
+
+    def wrap_objective(self, objective: Objective) -> Objective:
+        """``loss(w + perturbation(w))``, with outputs and terms of the unperturbed evaluation."""
+
+        def sharpness_aware(batch: Any, state: State | None = None) -> Evaluation:
+            module = self.module
+            with same_noise(module.device) as rewind:
+                before = cloned_buffers(module.net)
+                first = objective(batch, state)
+                perturbation = self.perturbation(module, first.loss)
+                rewind()
+                parameters = dict(module.net.named_parameters())
+                moved: dict[str, Tensor] = {name: parameters[name] + p for name, p in perturbation.items()}
+                buffers = before if self.statistics == "counted" else {}
+                second = objective(batch, {**(state or {}), **buffers, **moved})
+            return Evaluation(batch, second.loss, first.outputs, first.terms, first.taps)
+
+        return sharpness_aware

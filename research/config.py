@@ -1,0 +1,54 @@
+"""From a composed Hydra config to plain containers, and from names in it to files on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from research.runs.records import read_config
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain containers, with an empty ``callbacks`` where none was chosen.
+
+    ``quantizer.table`` given as a file name is replaced by what the file holds, so that the config alone says
+    everything.
+
+    Raises:
+        ValueError: a missing or malformed table.
+    """
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    values = {str(key): value for key, value in resolved.items()}
+    values["callbacks"] = dict(values.get("callbacks") or {})
+    table = values["quantizer"].get("table")
+    if isinstance(table, str):
+        if not Path(table).is_file():
+            raise ValueError(f"quantizer.table={table}: no such file; use the table.yaml or allocation.yaml of a run")
+        values["quantizer"]["table"] = read_config(Path(table))
+    return values
+
+
+def recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a plain config that a run folder keeps: everything but the places on this machine."""
+    return {key: value for key, value in config.items() if key != "paths"}
+
+
+def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | None:
+    """The float weights that ``init_from`` names: a file or a run folder, as given or below the configured paths.
+
+    Raises:
+        ValueError: nothing there; says where it was looked for.
+    """
+    if init_from is None:
+        return None
+    candidates = [Path(init_from), Path(paths["checkpoints"]) / init_from, Path(paths["runs"]) / init_from]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+        if (candidate / "final.safetensors").is_file():
+            return candidate / "final.safetensors"
+    places = ", ".join(str(candidate) for candidate in candidates)
+    raise ValueError(f"init_from={init_from}: no .safetensors file and no finished run at {places}")

@@ -1,0 +1,76 @@
+"""Evaluations and objectives: what one look at a batch gives, and the functions that give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+"""Parameters and buffers by their name in the network, to be used in place of its own for one evaluation."""
+
+Network = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the objective on one batch.
+
+    Attributes:
+        batch: the batch, as the data module gave it.
+        loss: scalar to be minimised; the sum of ``terms`` until a mechanic replaces it.
+        outputs: what the network returned (classification: logits (N, classes)).
+        terms: scalar loss terms by name, weights included; ``task`` is the task's own.
+        taps: outputs of tapped modules by module name.
+    """
+
+    batch: Any
+    loss: Tensor
+    outputs: Any
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """``batch -> Evaluation``; ``state`` replaces parameters and buffers of the network for this evaluation alone."""
+
+    def __call__(self, batch: Any, state: State | None = None) -> Evaluation:
+        """Evaluate ``batch``."""
+        ...
+
+
+def cloned_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """Copies of all buffers of ``net``: as ``state``, they keep an evaluation from moving any statistic."""
+    return {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
+@contextmanager
+def same_noise(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Let several evaluations of a step draw the same noise from the default generator.
+
+    Yields a function that rewinds the generator to the state it had on entry; call it before every evaluation but the
+    first. Afterwards the generator stands where a single evaluation would have left it.
+    """
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+        yield lambda: torch.cuda.set_rng_state(state, device)
+    else:
+        state = torch.get_rng_state()
+        yield lambda: torch.set_rng_state(state)
+
+
+def gradient_loss(value: Tensor, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+    """A scalar with the value ``value`` and the given gradients: ``value + <p, g> - sg<p, g>``.
+
+    Turns any combination of gradients into a loss for one ordinary backward pass.
+
+    Args:
+        value: scalar; detached.
+        gradients: gradient by parameter, each of the parameter's shape; detached.
+    """
+    inner = torch.stack([(parameter * gradient.detach()).sum() for parameter, gradient in gradients.items()]).sum()
+    return value.detach() + (inner - inner.detach())

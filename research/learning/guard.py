@@ -1,0 +1,45 @@
+"""Stops a run whose loss is no longer a number, before it reaches the weights or a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class NonFiniteGuard(Callback):
+    """Raises ValueError, naming the step, when the loss is NaN or infinite.
+
+    On the CPU every step is checked before its backward pass. On an accelerator a check would wait for the device, so
+    the first bad step is remembered there and looked up every ``every_n_steps`` and before any checkpoint is written.
+    """
+
+    def __init__(self, every_n_steps: int = 20) -> None:
+        self.every_n_steps = every_n_steps
+        self._first_bad: Tensor | None = None
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Check or remember."""
+        if self._first_bad is None:
+            self._first_bad = torch.full((), -1, dtype=torch.long, device=loss.device)
+        bad = ~torch.isfinite(loss.detach())
+        self._first_bad = torch.where(bad & (self._first_bad < 0), trainer.global_step, self._first_bad)
+        if loss.device.type == "cpu" or trainer.global_step % self.every_n_steps == 0:
+            self.check()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Never save a state behind a bad step."""
+        self.check()
+
+    def check(self) -> None:
+        """Raise if a bad step was seen."""
+        if self._first_bad is not None and int(self._first_bad) >= 0:
+            raise ValueError(
+                f"the loss is not finite at step {int(self._first_bad)}; the last good state is kept in "
+                "checkpoints/last.ckpt; try a smaller optimizer.lr or trainer.gradient_clip_val=1.0"
+            )

@@ -1,0 +1,136 @@
+"""EWGS: element-wise gradient scaling (Lee, Kim, Ham, CVPR 2021, arXiv 2104.00903; cvlab-yonsei/EWGS)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from research.quant.grid import Grid
+from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
+from research.quant.ste import round_ste
+
+
+class EWGSRound(torch.autograd.Function):
+    """Rounding whose derivative depends on the upstream gradient ``g``: ``g (1 + delta sign(g) (t - round(t)))``.
+
+    The EWGS rule in units of codes: there ``delta`` is the paper's divided by the number of steps. Not a derivative
+    of anything, so no curvature can be taken through it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, delta: Tensor) -> Tensor:
+        """``round(t)``, half to even."""
+        return torch.round(t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the residual and delta."""
+        t, delta = inputs
+        ctx.save_for_backward(t - output, delta)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The scaled upstream gradient."""
+        residual, delta = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient + delta * gradient.abs() * residual, None
+
+
+def ewgs_round(t: Tensor, delta: Tensor) -> Tensor:
+    """`EWGSRound` of ``t`` (any shape) with ``delta`` broadcastable against it; ``delta = 0`` is the plain STE."""
+    rounded: Tensor = EWGSRound.apply(t, delta)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def ewgs_delta(trace: Tensor, elements: int, gradient_std: Tensor) -> Tensor:
+    """``max(0, mean over batches of (trace / elements) / (3 std(g)))`` (official code), 0-dim.
+
+    Args:
+        trace: trace of the loss's Hessian with respect to the *discretised* tensor (in [0, 1]), one per batch.
+        elements: size of that tensor.
+        gradient_std: standard deviation of the gradient at it, one per batch.
+    """
+    return torch.clamp((trace / elements / (3 * gradient_std)).mean(), min=0)
+
+
+class EWGS(Quantizer):
+    """Discretisation of ``u = clip((x - lower) / (upper - lower), 0, 1)`` with a gradient-dependent derivative.
+
+    Inputs: ``x_hat = round(u n) / n`` with ``n = 2^b - 1``; weights: ``2 (round(u n) / n - 1/2)``, a mid-rise grid.
+    Both live on a fixed scale, 1 / n: the layer's output is multiplied by a trainable scalar (`OutputScale`). The
+    bounds are trained by plain autograd and not decayed. ``spec.init`` plays no role: the bounds start from the
+    standard deviation.
+
+    Attributes:
+        delta: 0-dim buffer, the strength of the gradient scaling; 0 until `ewgs_delta` is measured.
+        plain_ste: use the plain straight-through estimator, which has a Hessian, instead.
+    """
+
+    backward = "gradient_dependent"
+    channelwise = False
+    parameter_options = {"lower": {"weight_decay": 0.0}, "upper": {"weight_decay": 0.0}}
+    delta: Tensor
+
+    def __init__(self, spec: QuantizerSpec, shape: Sequence[int], channel_axis: int | None, role: Role) -> None:
+        super().__init__(spec, shape, channel_axis, role)
+        if spec.signed not in ("auto", role == "weight"):
+            raise ValueError(
+                f"quantizer.{role}.signed={spec.signed}: ewgs has mid-rise weights, unsigned inputs; use auto"
+            )
+        self.midrise = role == "weight"
+        self.plain_ste = False
+        self.lower = nn.Parameter(torch.tensor(-1.0 if self.midrise else 0.0))
+        self.upper = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("delta", torch.zeros(()))
+
+    @property
+    def grid(self) -> Grid:
+        """Mid-rise for weights, unsigned uniform for inputs."""
+        return Grid("midrise") if self.midrise else Grid("uniform", signed=False)
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """``(qmin, qmax)`` at the present width."""
+        return self.grid.limits(self.bits)
+
+    @property
+    def scale(self) -> Tensor:
+        """``1 / n``; no gradient."""
+        return torch.ones_like(self.lower) / torch.clamp(self.limits()[1], min=1)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """``n u`` of an input, ``n (2 u - 1)`` of a weight."""
+        n = self.limits()[1]
+        u = torch.clamp((x - self.lower) / (self.upper - self.lower), 0, 1)
+        return n * (2 * u - 1) if self.midrise else n * u
+
+    def codes_ste(self, transformed: Tensor) -> Tensor:
+        """Rounded codes with the gradient-dependent (or, with ``plain_ste``, the straight-through) derivative."""
+        n = self.limits()[1]
+        return 2 * self._round((transformed + n) / 2) - n if self.midrise else self._round(transformed)
+
+    def _round(self, t: Tensor) -> Tensor:
+        if self.plain_ste:
+            return round_ste(t)
+        return ewgs_round(t, self.delta.to(t.dtype) / torch.clamp(self.limits()[1], min=1))
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """``codes / n``, as a product with the scale."""
+        scale = self.scale
+        return codes.to(scale.dtype) * scale
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Weights: ``upper = -lower = 3 std``; inputs: minimum to ``3 std / sqrt(1 - 2 / pi)`` (official code)."""
+        x = self._work(x)
+        width = 3 * x.std()
+        lower = -width if self.midrise else x.amin()
+        upper = width if self.midrise else width / math.sqrt(1 - 2 / math.pi)
+        self.lower.copy_(lower)
+        self.upper.copy_(torch.where(upper > lower, upper, lower + 1))
+        self.initialised.fill_(True)

@@ -1,0 +1,131 @@
+"""Train one configuration: ``python -m research.train [overrides]``; its run folder keeps everything."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig
+
+from research.cli import command
+from research.config import initial_checkpoint, plain, recorded
+from research.data import ImageDataModule
+from research.learning.guard import NonFiniteGuard
+from research.learning.module import QuantModule
+from research.learning.prepare import Preparation
+from research.quant.recipe import table_to_plain
+from research.results import seal
+from research.runs.checkpoint import RunCheckpoint, VerifiedCheckpointIO, load_checkpoint, load_newest
+from research.runs.environment import snapshot
+from research.runs.folder import RunFolder
+from research.runs.logger import RunLogger, finish_wandb, wandb_logger
+from research.runs.records import read_summary, write_config, write_json
+from research.targets import resolve_target
+
+log = logging.getLogger(__name__)
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+
+
+def build_data(config: dict[str, Any]) -> ImageDataModule:
+    """The data module of a plain config; files are looked for below ``paths.data``."""
+    data = resolve_target({**config["data"], "root": config["paths"]["data"]}, trusted=True, key="data")
+    assert isinstance(data, ImageDataModule)
+    return data
+
+
+def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
+    """The host module of a plain config, with its network built and its mechanics attached."""
+    module = QuantModule(
+        model=config["model"],
+        task=config["task"],
+        quantizer=config["quantizer"],
+        optimizer=config["optimizer"],
+        scheduler=config["scheduler"],
+        mechanics=config["callbacks"],
+        precision=str(config["trainer"]["precision"]),
+        compile=config["compile"],
+        channels_last=config["channels_last"],
+        seed=config["seed"],
+        checkpoint=initial_checkpoint(config["init_from"], config["paths"]),
+        trusted=trusted,
+    )
+    module.configure_model()
+    return module
+
+
+def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any]) -> pl.Trainer:
+    """The Trainer of a plain config."""
+    settings = dict(config["trainer"])
+    precision = str(settings.pop("precision"))
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={precision}: use {' or '.join(PRECISIONS)}")
+    settings["enable_progress_bar"] = settings["enable_progress_bar"] and sys.stdout.isatty()
+    checkpoint = config["checkpoint"]
+    callbacks = [
+        Preparation(**config["calibration"]),
+        NonFiniteGuard(),
+        RunCheckpoint(folder.checkpoints, checkpoint["every_n_steps"], checkpoint["monitor"], checkpoint["mode"]),
+    ]
+    return pl.Trainer(
+        **settings,
+        precision=PRECISIONS[precision],  # type: ignore[arg-type]
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[VerifiedCheckpointIO()],
+        default_root_dir=folder.path,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None:
+    """Train, or go on where an interrupted run of this configuration stopped, then seal the run folder."""
+    started = time.monotonic()
+    torch.compiler.reset()  # the jobs of a multirun share this process: no job counts another's graphs
+    pl.seed_everything(config["seed"], verbose=False)
+    data, module = build_data(config), build_module(config)
+    log.info("run folder %s\n%s", folder.path, module.describe())
+    write_config(folder.config_path, recorded(config))
+    write_config(folder.overrides_path, overrides)
+    write_config(folder.table_path, table_to_plain(module.table))
+    write_json(folder.environment_path, snapshot())
+    resume = load_newest(folder.checkpoints)
+    record = RunLogger(folder)
+    settings = config["logger"]["wandb"]
+    wandb = wandb_logger(folder, recorded(config), settings["mode"], settings["project"], settings["dir"])
+    if resume is not None:
+        step = load_checkpoint(resume)["global_step"]
+        record.truncate_after(step - 1)
+        log.info("resuming from %s (step %d)", resume.name, step)
+    trainer = build_trainer(config, folder, [record] if wandb is None else [record, wandb])
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume)
+        if trainer.is_global_zero:
+            seal(config, folder, module, data, trainer, seconds=time.monotonic() - started)
+    finally:
+        finish_wandb(wandb)
+
+
+@command("train")
+def main(cfg: DictConfig) -> float:
+    """Entry point; returns the first deployment's test accuracy, for searches."""
+    from hydra.core.hydra_config import HydraConfig
+
+    config = plain(cfg)
+    folder = RunFolder.open(Path(config["paths"]["runs"]), config["name"], config)
+    with folder.lock():
+        if folder.finished:
+            log.info("already done: %s", folder.path)
+        else:
+            run(config, folder, list(HydraConfig.get().overrides.task))
+    return float(read_summary(folder.summary_path)["deployments"][0]["accuracy"])
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()
