@@ -9,7 +9,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 train: .venv/.installed  ## float baseline, LSQ at 4 and 2 bits, deployment, table and figure
-	$(BIN)/python -m research.main_job
+	$(BIN)/python -m analysis.main_job
 
 # One thread a worker: two pytest workers fill two cores, and results do not depend on the thread count.
 test: .venv/.installed  ## every test, on two workers

@@ -115,8 +115,8 @@ class SAM(Mechanic):
                 first = objective(batch, state)
                 perturbation = self.perturbation(module, first.loss)
                 rewind()
-                parameters = dict(module.net.named_parameters())
-                moved: dict[str, Tensor] = {name: parameters[name] + p for name, p in perturbation.items()}
+                start = {**dict(module.net.named_parameters()), **(state or {})}
+                moved: dict[str, Tensor] = {name: start[name] + p for name, p in perturbation.items()}
                 buffers = before if self.statistics == "counted" else {}
                 second = objective(batch, {**(state or {}), **buffers, **moved})
             return Evaluation(batch, second.loss, first.outputs, first.terms, first.taps)

@@ -7,7 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from research.data import ImageDataModule
 from research.runs.records import read_config
+from research.targets import resolve_target
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -36,6 +38,19 @@ def recorded(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "paths"}
 
 
+def build_data(config: dict[str, Any], trusted: bool = True) -> ImageDataModule:
+    """The data module of a plain config; files are looked for below ``paths.data``.
+
+    Raises:
+        ValueError: a ``_target_`` that is unknown or, for a config of a run folder (not ``trusted``), refused.
+    """
+    settings = {**config["data"], "root": config["paths"]["data"]}
+    data = resolve_target(settings, trusted=trusted, key="data")
+    if not isinstance(data, ImageDataModule):
+        raise ValueError(f"data._target_={config['data']['_target_']}: use research.data.ImageDataModule")
+    return data
+
+
 def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | None:
     """The float weights that ``init_from`` names: a file or a run folder, as given or below the configured paths.
 
@@ -51,4 +66,5 @@ def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | N
         if (candidate / "final.safetensors").is_file():
             return candidate / "final.safetensors"
     places = ", ".join(str(candidate) for candidate in candidates)
-    raise ValueError(f"init_from={init_from}: no .safetensors file and no finished run at {places}")
+    raise ValueError(f"init_from={init_from}: no .safetensors file and no finished run at {places}; "
+        "give a file, a run folder, or paths.checkpoints (FLATBIT_CHECKPOINTS)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from research.learning.finalise import SINGLE, finalise, measure
 from research.learning.module import QuantModule
 from research.quant.cost_report import cost_report
 from research.runs.checkpoint import load_checkpoint
+from research.runs.environment import snapshot
 from research.runs.files import atomic_write_bytes
 from research.runs.folder import RunFolder
-from research.runs.records import write_summary
+from research.runs.records import read_summary, write_summary
 
 log = logging.getLogger(__name__)
 WEIGHTS = ("last", "best")
@@ -50,15 +51,17 @@ def seal(
     batches = [images.cpu() for images, _ in data.calibration_batches(count, data.batch_size)] if count else []
     deployments = finalise(module, batches)
     structure = module.net.structure()
+    tests = test_batches(data)
     float_accuracy = None
     if module.checkpoint is not None:
-        float_accuracy = measure(module.initial_network(), module.task, test_batches(data))["accuracy"]
+        float_accuracy = measure(module.initial_network(), module.task, tests)["accuracy"]
     rows = []
     for name, net in deployments.items():
-        place = folder.artifact if name == SINGLE else folder.artifact / name
-        row = {"name": name, "float_accuracy": float_accuracy, **measure(net, module.task, test_batches(data))}
+        place = artifact_place(folder, name)
+        row = {"name": name, "float_accuracy": float_accuracy, **measure(net, module.task, tests)}
         row |= cost_report(net, (data.in_channels, data.image_size, data.image_size), structure.first, structure.last)
-        row |= deploy(net, config, place, data, {"run": f"{folder.experiment}/{folder.hash}"}, config["deploy"]["onnx"])
+        meta = {"run": f"{folder.experiment}/{folder.hash}", "accuracy": row["accuracy"]}
+        row |= deploy(net, config, place, data, tests, meta, config["deploy"]["onnx"])
         rows.append(row)
         save_weights(net, folder.final if name == SINGLE else folder.path / f"final-{name}.safetensors")
         log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in row.items() if key in SHOWN))
@@ -70,12 +73,19 @@ def seal(
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds": round(seconds, 1),
-        "device": str(trainer.strategy.root_device.type),
+        "hardware": hardware(snapshot(), trainer.strategy.root_device.type),
     }
     write_summary(folder, config["seed"], rows, extra)
 
 
 SHOWN = ("accuracy", "float_accuracy", "deployed_accuracy", "argmax_agreement", "size_kib", "gbops")
+
+
+def hardware(environment: Mapping[str, Any], device: str) -> str:
+    """What a run computed on, in words: the GPU's name, or the CPU's and its number of cores."""
+    if device == "cuda":
+        return str(environment["gpus"][0])
+    return f"{environment['cpu']}, {environment['cores']} cores"
 
 
 def test_batches(data: ImageDataModule) -> list[Any]:
@@ -88,17 +98,37 @@ def deploy(
     config: Mapping[str, Any],
     place: Path,
     data: ImageDataModule,
+    batches: Sequence[Any],
     meta: Mapping[str, Any],
     onnx: bool,
 ) -> dict[str, Any]:
-    """Write the integer artifact and, with ``onnx``, run the ONNX form over the test set; what was measured."""
+    """Write the integer artifact and, with ``onnx``, run the ONNX form over ``batches``; what was measured."""
     report = save_artifact(net, config["model"], place, config["quantizer"].get("replace") or (), meta)
     row: dict[str, Any] = {"artifact_bytes": report.bytes, "artifact_compression": report.compression}
     if onnx:
         example = torch.zeros(1, data.in_channels, data.image_size, data.image_size)
         export_onnx(net, example, place / "model.onnx")
-        row |= parity_report(net, place / "model.onnx", test_batches(data))
+        parity = parity_report(net, place / "model.onnx", batches)
+        row |= {"deployed_accuracy": parity["top1_onnx"], "argmax_agreement": parity["argmax_agreement"]}
+        row["parity"] = parity
     return row
+
+
+def artifact_places(folder: RunFolder) -> dict[str, Path]:
+    """Folder of each deployment's artifact by deployment name; ``artifact/`` itself where there is only one.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    if not folder.finished:
+        raise ValueError(f"run={folder.path}: not finished (no valid summary.json); start the same training again")
+    names = [row["name"] for row in read_summary(folder.summary_path)["deployments"]]
+    return {name: artifact_place(folder, name) for name in names}
+
+
+def artifact_place(folder: RunFolder, name: str) -> Path:
+    """Folder of the artifact of deployment ``name``."""
+    return folder.artifact if name == SINGLE else folder.artifact / name
 
 
 def save_weights(net: nn.Module, path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 import torchmetrics
 from lightning.pytorch.loggers import Logger
 
+from research.arguments import check_arguments
+
 ALLOWED_PACKAGES = ("torch", "lightning", "torchmetrics", "research", "callbacks")
 """Top-level packages that a config of a run folder may name."""
 
@@ -47,11 +49,13 @@ def resolve_target(config: Any, *arguments: Any, trusted: bool = False, key: str
     if "_target_" not in config:
         return keywords
     target = find_target(config["_target_"], trusted=trusted, key=key)
+    check_arguments(target, keywords, *arguments, key=key, name=config["_target_"])
     try:
-        inspect.signature(target).bind(*arguments, **keywords)
-    except TypeError as error:
-        raise ValueError(f"{key}: {config['_target_']} {error}; it takes {inspect.signature(target)}") from error
-    return target(*arguments, **keywords)
+        return target(*arguments, **keywords)
+    except ValueError as error:
+        if str(error).startswith(key):
+            raise
+        raise ValueError(f"{key}: {error}") from error
 
 
 def find_target(path: str, trusted: bool = False, key: str = "config") -> Any:

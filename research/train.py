@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from research.cli import command
-from research.config import initial_checkpoint, plain, recorded
-from research.data import ImageDataModule
+from research.config import build_data, initial_checkpoint, plain, recorded
 from research.learning.guard import NonFiniteGuard
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
@@ -25,17 +26,10 @@ from research.runs.environment import snapshot
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger, finish_wandb, wandb_logger
 from research.runs.records import read_summary, write_config, write_json
-from research.targets import resolve_target
+from research.settings import check_training
 
 log = logging.getLogger(__name__)
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
-
-
-def build_data(config: dict[str, Any]) -> ImageDataModule:
-    """The data module of a plain config; files are looked for below ``paths.data``."""
-    data = resolve_target({**config["data"], "root": config["paths"]["data"]}, trusted=True, key="data")
-    assert isinstance(data, ImageDataModule)
-    return data
 
 
 def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
@@ -71,24 +65,31 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
         NonFiniteGuard(),
         RunCheckpoint(folder.checkpoints, checkpoint["every_n_steps"], checkpoint["monitor"], checkpoint["mode"]),
     ]
-    return pl.Trainer(
-        **settings,
-        precision=PRECISIONS[precision],  # type: ignore[arg-type]
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=[VerifiedCheckpointIO()],
-        default_root_dir=folder.path,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    try:
+        return pl.Trainer(
+            **settings,
+            precision=PRECISIONS[precision],  # type: ignore[arg-type]
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[VerifiedCheckpointIO()],
+            default_root_dir=folder.path,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None:
     """Train, or go on where an interrupted run of this configuration stopped, then seal the run folder."""
     started = time.monotonic()
     torch.compiler.reset()  # the jobs of a multirun share this process: no job counts another's graphs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each tensor
     pl.seed_everything(config["seed"], verbose=False)
     data, module = build_data(config), build_module(config)
+    data.setup()
+    if count := config["finalise"]["batchnorm_batches"]:
+        data.check_calibration("finalise.batchnorm_batches", count, data.batch_size)
     log.info("run folder %s\n%s", folder.path, module.describe())
     write_config(folder.config_path, recorded(config))
     write_config(folder.overrides_path, overrides)
@@ -116,7 +117,10 @@ def main(cfg: DictConfig) -> float:
     """Entry point; returns the first deployment's test accuracy, for searches."""
     from hydra.core.hydra_config import HydraConfig
 
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # tips and device lists
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of a deprecated torch function
     config = plain(cfg)
+    check_training(config)
     folder = RunFolder.open(Path(config["paths"]["runs"]), config["name"], config)
     with folder.lock():
         if folder.finished:
@@ -127,5 +131,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     main()

@@ -159,13 +159,20 @@ class ImageDataModule(LightningDataModule):
         """Batches of the test set, in order."""
         return self._evaluation_loader("test")
 
+    def check_calibration(self, key: str, count: int, batch_size: int) -> None:
+        """Raise `ValueError`, naming the config key of `count`, unless the training part has so many batches."""
+        self.setup()
+        images = len(self._parts["train"])
+        if not 1 <= count * batch_size <= images:
+            raise ValueError(
+                f"{key}={count}: the training part has {images} images; use 1..{images // batch_size} batches of "
+                f"{batch_size}, or smaller ones"
+            )
+
     def calibration_batches(self, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """Return `count` batches of different training images, not augmented, fixed by `seed`, equal on all ranks."""
+        self.check_calibration("calibration.batches", count, batch_size)
         train = self._part("train")
-        if not 1 <= count * batch_size <= len(train):
-            raise ValueError(
-                f"{count} calibration batches of {batch_size} images: the training part has {len(train)}; use fewer"
-            )
         order = torch.randperm(len(train), generator=batch_generator(self.seed, "calibration"))
         chosen = train.subset(order[: count * batch_size].to(train.labels.device))
         return list(

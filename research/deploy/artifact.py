@@ -12,9 +12,10 @@ others                         under their names in the network: biases, batch-n
 =============================  ====================================================================================
 
 ``model.json``: ``schema``; ``model`` (``_target_`` and arguments of the float network); ``replace`` (module
-exchanges of the recipe); ``table`` and ``outputs`` (the quantizers' specifications); ``identities`` (modules that
-folding emptied); ``weights`` (grid, bits, shape, and ``qmin``, ``step``, ``width`` of the packed codes, by layer);
-``quantizers`` (bits and sign of the others); ``meta`` (free); ``sha256`` over both files.
+exchanges of the recipe); ``table`` and ``outputs`` (the quantizers' specifications); ``scales`` (layers with an
+`OutputScale`); ``identities`` (modules that folding emptied); ``weights`` (grid, bits, shape, and ``qmin``, ``step``,
+``width`` of the packed codes, by layer); ``quantizers`` (bits and sign of the others); ``meta`` (free); ``sha256``
+over both files.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from research.runs.files import atomic_write_bytes, atomic_write_text
 
 SCHEMA = 1
 TENSORS, DOCUMENT = "model.safetensors", "model.json"
-KEYS = {"schema", "model", "replace", "table", "outputs", "identities", "weights", "quantizers", "meta", "sha256"}
+KEYS = {
+    "schema", "model", "replace", "table", "outputs", "scales", "identities", "weights", "quantizers", "meta", "sha256",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,12 @@ def load_artifact(folder: Path | str) -> nn.Module:
         raise ValueError(f"artifact={folder}: {TENSORS} or {DOCUMENT} is truncated or corrupt; export the run again")
     try:
         return rebuild(document, read_tensors(data))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"artifact={folder}: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"artifact={folder}: {error}") from error
+    except (SafetensorError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"artifact={folder}: {DOCUMENT} does not describe {TENSORS} ({type(error).__name__} {error})"
+        ) from error
 
 
 def _read_document(folder: Path) -> dict[str, Any]:

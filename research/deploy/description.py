@@ -16,6 +16,7 @@ from research.models.checkpoint import first_difference
 from research.quant.convert import convert
 from research.quant.grid import Grid
 from research.quant.layers import QuantLayer, QuantOutput, quant_layers, replace_module
+from research.quant.output_scale import OutputScale
 from research.quant.quantizers import REGISTRY, Quantizer, QuantizerSpec
 from research.quant.recipe import SLOT_KEYS, Recipe, Table, make_spec, table_to_plain
 from research.targets import find_target, resolve_target
@@ -49,6 +50,7 @@ def describe(net: nn.Module, model: Mapping[str, Any], replace: Sequence[Mapping
         "outputs": [
             {"match": re.escape(name), "quantizer": slots["output"]} for name, slots in table_to_plain(outputs).items()
         ],
+        "scales": [name for name, layer in quant_layers(net) if isinstance(layer.output_quantizer, OutputScale)],
         "identities": [name for name, module in net.named_modules() if type(module) is nn.Identity],
         "weights": {name: _packing(weight) for name, (_, weight) in deployed_weights(net).items()},
         "quantizers": {
@@ -76,20 +78,22 @@ def rebuild(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn
 
     Raises:
         ValueError: a class outside the allow-list, or tensors that are not those of this network.
-        KeyError, TypeError: a description of another form.
+        AttributeError, KeyError, TypeError: a description of another form.
     """
     _check_quantizer_names(description)
     net: nn.Module = resolve_target(description["model"], key="model")
     recipe = Recipe.from_config({key: description[key] for key in ("table", "outputs", "replace")})
     convert(net, recipe, first="", last="", build_module=partial(resolve_target, key="replace"))
+    layers, found = dict(quant_layers(net)), dict(tensors)
     for name in description["identities"]:
         replace_module(net, name, nn.Identity())
+    for name in description["scales"]:
+        layers[name].output_quantizer = OutputScale()
     for name, quantizer in _trained_quantizers(net):
         flags = description["quantizers"][name]
         quantizer.bits = torch.tensor(flags["bits"])
         quantizer.signed.fill_(flags["signed"])
         quantizer.initialised.fill_(True)
-    found, layers = dict(tensors), dict(quant_layers(net))
     for name, layer in layers.items():
         if layer.bias is None and f"{name}.bias" in found:
             layer.bias = nn.Parameter(torch.empty_like(found[f"{name}.bias"]))
@@ -143,7 +147,8 @@ def _packing(weight: DeployedWeight) -> dict[str, Any]:
 def _weight(name: str, settings: Mapping[str, Any], how: Mapping[str, Any], found: dict[str, Tensor]) -> DeployedWeight:
     """The weight of layer ``name``; takes its tensors out of ``found``."""
     spec = make_spec(settings, f"table.{name}.weight")
-    assert spec is not None
+    if spec is None:
+        raise ValueError(f"weights.{name} has codes, but table.{name}.weight names no quantizer")
     codes = unpack_codes(found.pop(f"{name}.weight.codes"), how["width"], how["qmin"], how["shape"], how["step"])
     return DeployedWeight(
         spec,

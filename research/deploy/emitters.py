@@ -6,37 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from onnx import NodeProto, TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import nn
 
-from research.deploy.affine import affine_codes
-from research.deploy.deployed import DeployedWeight
+from research.deploy.qdq import GraphBuilder, fake_quantize, weight_values
 from research.models.blocks import Add, PadShortcut
 from research.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantOutput
+from research.quant.output_scale import OutputScale
 from research.quant.quantizers import Quantizer
 
 END = np.iinfo(np.int64).max
-
-
-class GraphBuilder:
-    """Collects the nodes and constants of one ONNX graph. Values are named by strings."""
-
-    def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
-
-    def constant(self, name: str, value: Tensor | npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
-        """Add an initializer; returns its name."""
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        self.constants[name] = numpy_helper.from_array(np.array(array, dtype=dtype, order="C"), name)
-        return name
-
-    def node(self, operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        """Add a node called ``name``; returns its output, the value of the same name."""
-        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
-        return name
 
 
 Emitter = Callable[[GraphBuilder, str, Any, list[str]], str]
@@ -64,79 +42,31 @@ def emit(builder: GraphBuilder, name: str, module: nn.Module, inputs: list[str])
     return emitter(builder, name, module, inputs)
 
 
-def _fake_quantize(builder: GraphBuilder, name: str, quantizer: nn.Module, value: str) -> str:
-    """QuantizeLinear, Clip where the codes do not fill their container, DequantizeLinear; around them any offset."""
-    if not isinstance(quantizer, Quantizer):
-        return emit(builder, name, quantizer, [value])
-    form = affine_codes(quantizer, name)
-    if form.shift:
-        value = builder.node("Sub", [value, builder.constant(f"{name}.shift", form.shift)], f"{name}.shifted")
-    container = _container(form.qmin, form.qmax)
-    zero_point = builder.constant(f"{name}.zero_point", form.zero_point, container)
-    scale = builder.constant(f"{name}.scale", form.scale)
-    value = builder.node("QuantizeLinear", [value, scale, zero_point], f"{name}.codes")
-    if (form.qmin, form.qmax) != (np.iinfo(container).min, np.iinfo(container).max):
-        limits = [builder.constant(f"{name}.{end}", getattr(form, end), container) for end in ("qmin", "qmax")]
-        value = builder.node("Clip", [value, *limits], f"{name}.clipped")
-    step = scale if form.step == form.scale else builder.constant(f"{name}.step", form.step)
-    value = builder.node("DequantizeLinear", [value, step, zero_point], f"{name}.values")
-    if form.offset:
-        value = builder.node("Add", [value, builder.constant(f"{name}.offset", form.offset)], f"{name}.offset_values")
-    return value
+def _layer_inputs(builder: GraphBuilder, name: str, layer: nn.Conv2d | nn.Linear, value: str) -> list[str]:
+    """Input, weight and, for a float layer, bias of a convolution or linear layer; through its quantizers."""
+    if not isinstance(layer, QuantLayer):
+        bias = [] if layer.bias is None else [builder.constant(f"{name}.bias", layer.bias)]
+        return [value, builder.constant(f"{name}.weight", layer.weight), *bias]
+    if layer.input_quantizer is not None:
+        value = fake_quantize(builder, f"{name}.input", layer.input_quantizer, value)
+    return [value, weight_values(builder, name, layer)]
 
 
-def _container(qmin: int, qmax: int) -> type[np.integer[Any]]:
-    """The smallest integer type that holds the codes: uint8, int8, or int32 (there is no DequantizeLinear of int16)."""
-    if qmin >= 0 and qmax <= 255:
-        return np.uint8
-    return np.int8 if qmin >= -128 and qmax <= 127 else np.int32
+def _layer_output(builder: GraphBuilder, name: str, layer: nn.Conv2d | nn.Linear, value: str) -> str:
+    """Bias and output quantizer of a quantized layer.
 
-
-def _weight(builder: GraphBuilder, name: str, layer: QuantLayer) -> str:
-    """Integer codes and DequantizeLinear; float where the layer has no weight quantizer.
-
-    Codes are int8, or uint8 where none is negative. The odd codes of an 8-bit mid-rise grid reach +-255: int32.
+    The bias is an Add of its own: ONNX Runtime rounds a bias inside Conv or Gemm to multiples of ``s_x * s_w``, which
+    at 8 bits is nothing and at 4 bits as much as a change of codes.
     """
-    quantizer = layer.weight_quantizer
-    if quantizer is None:
-        return builder.constant(f"{name}.weight", layer.weight)
-    assert isinstance(quantizer, DeployedWeight), "emitters read networks in deployed form"
-    scale, zero_point = quantizer.stored_scale, quantizer.stored_zero_point
-    integral = zero_point is None or torch.equal(zero_point, torch.round(zero_point))
-    if quantizer.grid.kind not in ("uniform", "midrise") or not integral:
-        raise ValueError(
-            f"{name}: weights of {quantizer.spec.name} ({quantizer.grid.kind} grid) have no form in ONNX's "
-            "DequantizeLinear; export the artifact only, or use a uniform or mid-rise grid with integer zero points"
-        )
-    container = _container(*quantizer.integer_limits())
-    inputs = [
-        builder.constant(f"{name}.weight.codes", quantizer.stored_codes, container),
-        builder.constant(f"{name}.weight.scale", scale.flatten() if scale.dim() else scale),
-    ]
-    if zero_point is not None:
-        flat = zero_point.flatten() if zero_point.dim() else zero_point
-        inputs.append(builder.constant(f"{name}.weight.zero_point", flat, container))
-    axis = {"axis": layer.channel_axis} if scale.dim() else {}
-    return builder.node("DequantizeLinear", inputs, f"{name}.weight", **axis)
-
-
-def _layer_inputs(builder: GraphBuilder, name: str, layer: Any, inputs: list[str]) -> list[str]:
-    """Input, weight and bias of a convolution or linear layer, through its quantizers."""
-    (value,) = inputs
-    if isinstance(layer, QuantLayer):
-        if layer.input_quantizer is not None:
-            value = _fake_quantize(builder, f"{name}.input", layer.input_quantizer, value)
-        weight = _weight(builder, name, layer)
-    else:
-        weight = builder.constant(f"{name}.weight", layer.weight)
-    bias = [] if layer.bias is None else [builder.constant(f"{name}.bias", layer.bias)]
-    return [value, weight, *bias]
-
-
-def _layer_output(builder: GraphBuilder, name: str, layer: Any, value: str) -> str:
-    if isinstance(layer, QuantLayer) and layer.output_quantizer is not None:
-        return _fake_quantize(builder, f"{name}.output", layer.output_quantizer, value)
-    return value
+    if not isinstance(layer, QuantLayer):
+        return value
+    bias = layer.bias
+    if bias is not None:
+        shaped = builder.constant(f"{name}.bias", bias.reshape(-1, *[1] * (layer.weight.dim() - 2)))
+        value = builder.node("Add", [value, shaped], f"{name}.biased")
+    if isinstance(layer.output_quantizer, Quantizer):
+        return fake_quantize(builder, f"{name}.output", layer.output_quantizer, value)
+    return value if layer.output_quantizer is None else emit(builder, f"{name}.output", layer.output_quantizer, [value])
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -148,7 +78,7 @@ def _conv(builder: GraphBuilder, name: str, layer: nn.Conv2d, inputs: list[str])
         raise ValueError(f"{name}: padding={layer.padding!r} ({layer.padding_mode}); use zeros and a number of pixels")
     value = builder.node(
         "Conv",
-        _layer_inputs(builder, name, layer, inputs),
+        _layer_inputs(builder, name, layer, inputs[0]),
         name,
         strides=list(layer.stride),
         pads=list(layer.padding) * 2,
@@ -160,7 +90,7 @@ def _conv(builder: GraphBuilder, name: str, layer: nn.Conv2d, inputs: list[str])
 
 
 def _linear(builder: GraphBuilder, name: str, layer: nn.Linear, inputs: list[str]) -> str:
-    value = builder.node("Gemm", _layer_inputs(builder, name, layer, inputs), name, transB=1)
+    value = builder.node("Gemm", _layer_inputs(builder, name, layer, inputs[0]), name, transB=1)
     return _layer_output(builder, name, layer, value)
 
 
@@ -220,9 +150,13 @@ def _flatten(builder: GraphBuilder, name: str, module: nn.Flatten, inputs: list[
     return builder.node("Flatten", inputs, name, axis=1)
 
 
+def _output_scale(builder: GraphBuilder, name: str, module: OutputScale, inputs: list[str]) -> str:
+    return builder.node("Mul", [*inputs, builder.constant(f"{name}.scale", module.output_scale.abs())], name)
+
+
 def _quant_output(builder: GraphBuilder, name: str, module: QuantOutput, inputs: list[str]) -> str:
     value = emit(builder, name, module.module, inputs)
-    return _fake_quantize(builder, f"{name}.output", module.output_quantizer, value)
+    return fake_quantize(builder, f"{name}.output", module.output_quantizer, value)
 
 
 EMITTERS: dict[type[nn.Module], Emitter] = {
@@ -231,6 +165,7 @@ EMITTERS: dict[type[nn.Module], Emitter] = {
     nn.Linear: _linear,
     QuantLinear: _linear,
     QuantOutput: _quant_output,
+    OutputScale: _output_scale,
     nn.BatchNorm2d: _batchnorm,
     nn.ReLU: lambda builder, name, module, inputs: builder.node("Relu", inputs, name),
     nn.ReLU6: _clip(0.0, 6.0),

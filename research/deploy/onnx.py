@@ -14,8 +14,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from research.deploy.deployed import deployed
-from research.deploy.emitters import GraphBuilder, emit
+from research.deploy.emitters import emit
 from research.deploy.graph import INPUT, record_graph
+from research.deploy.qdq import GraphBuilder
 from research.runs.files import atomic_write_bytes
 
 OPSET = 17

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from research.learning.module import QuantModule
 from research.learning.tasks import Task
 from research.quant.batchnorm import reestimate_batchnorm
+from research.quant.conv_bn import merge_batchnorm
 
 SINGLE = "final"
 
@@ -28,19 +29,19 @@ def finalise(module: QuantModule, batches: Sequence[Tensor] = ()) -> dict[str, n
     Raises:
         ValueError: two mechanics make deployments.
     """
-    net = module.plain_copy()
-    made: dict[str, nn.Module] = {}
+    deployments: dict[str, nn.Module] = {SINGLE: module.plain_copy()}
     owner = ""
     for mechanic in module.active:
-        several = mechanic.finalise(net)
-        if several is not None and made:
-            raise ValueError(f"callbacks.{mechanic.slug} and callbacks.{owner} both make deployments: drop one of them")
-        if several is not None:
-            made, owner = dict(several), mechanic.slug
-    deployments = made or {SINGLE: net}
+        made = [mechanic.finalise(net) for net in deployments.values()]
+        if made[0] is None:
+            continue
+        if owner:
+            raise ValueError(f"callbacks.{owner} and callbacks.{mechanic.slug} both make deployments: drop one of them")
+        deployments, owner = dict(made[0]), mechanic.slug
     for deployed in deployments.values():
         if batches:
             reestimate_batchnorm(deployed, batches)
+        merge_batchnorm(deployed)
         deployed.eval()
     return deployments
 

@@ -36,7 +36,8 @@ class ParameterGroup:
 
     Args:
         parameters: new learnables, or existing ones, which are thereby claimed from their default group.
-        options: optimizer options that differ from the run's (``lr``, ``weight_decay`` ...).
+        options: optimizer options that differ from the run's (``lr``, ``weight_decay`` ...); with the run's optimizer
+            also ``lr_factor``, a multiple of its ``lr``.
         optimizer: ``{_target_: torch.optim.Adam, ...}`` for a different optimizer, None for the run's.
     """
 

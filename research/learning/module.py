@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchmetrics import MeanMetric
 
-from research.learning.composition import check_composition, compose_objective, plan
+from research.learning.composition import check_composition, compose_objective, ordered, plan
 from research.learning.evaluation import Evaluation, Objective, State
 from research.learning.mechanic import Mechanic
 from research.learning.optim import build_optimizer, build_scheduler
@@ -90,9 +91,9 @@ class QuantModule(pl.LightningModule):
         self.trusted = trusted
         self.recipe = Recipe.from_config(quantizer)
         self.task: Task = resolve_target(task, trusted=trusted, key="task")
-        self.active: list[Mechanic] = [
-            _mechanic(slug, config, trusted) for slug, config in (mechanics or {}).items()
-        ]
+        self.active: list[Mechanic] = ordered(
+            [_mechanic(slug, config, trusted) for slug, config in (mechanics or {}).items()]
+        )
         check_composition(self.active, precision, compile == "network")
         self.mechanics = nn.ModuleDict()
         self.progress = Progress(seed=seed)
@@ -156,7 +157,8 @@ class QuantModule(pl.LightningModule):
         """
         if self.checkpoint is None:
             raise ValueError("init_from=null: a float teacher needs the weights to start from, e.g. init_from=FILE")
-        net = self.float_network()
+        with torch.random.fork_rng(devices=[]):  # the random initialisation it replaces is nobody's noise
+            net = self.float_network()
         load_float_checkpoint(net, self.checkpoint)
         return net
 
@@ -167,7 +169,10 @@ class QuantModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The (composite) optimizer and its per-step schedule."""
         optimizer = build_optimizer(self.net, self.hparams["optimizer"] or {}, self.active, self)
-        self.progress.total = int(self.trainer.estimated_stepping_batches)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ValueError("trainer.max_epochs=-1: schedules need the length of the run; use e.g. max_epochs=100")
+        self.progress.total = int(total)
         scheduler = build_scheduler(optimizer, self.hparams["scheduler"] or {"name": "constant"}, self.progress.total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -212,7 +217,7 @@ class QuantModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One real optimizer step, then every mechanic's ``after_step``."""
         super().optimizer_step(*args, **kwargs)
-        self.progress.step = self.global_step
+        self.progress.step = self.global_step + 1  # Lightning counts the step after this hook
         for mechanic in self.active:
             mechanic.after_step(self)
 

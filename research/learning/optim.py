@@ -61,8 +61,9 @@ def default_groups(net: nn.Module, config: Mapping[str, Any]) -> list[Group]:
     Args:
         net: a converted network.
         config: ``optimizer`` settings: ``lr``, ``weight_decay`` for weights; ``norm`` and ``quantizer`` hold what
-            differs for the other two, options or ``lr_factor``, a multiple of ``lr`` (norms and biases are not decayed unless ``norm.weight_decay`` says so; a
-            quantizer's own declaration, such as LSQ's undecayed scale, wins over ``quantizer.weight_decay``).
+            differs for the other two, options or ``lr_factor``, a multiple of ``lr`` (norms and biases are not decayed
+            unless ``norm.weight_decay`` says so; a quantizer's own declaration, such as LSQ's undecayed scale, wins
+            over ``quantizer.weight_decay``).
 
     Returns:
         Groups with ``name``, ``params`` and options; frozen parameters are left out, empty groups too.
@@ -86,10 +87,13 @@ def default_groups(net: nn.Module, config: Mapping[str, Any]) -> list[Group]:
     ]
     for options, parameters in quantizers.items():
         groups.append({"name": "quantizer", "params": parameters, **(config.get("quantizer") or {}), **dict(options)})
-    for group in groups:
-        if "lr_factor" in group:
-            group["lr"] = config["lr"] * group.pop("lr_factor")
-    return [group for group in groups if group["params"]]
+    return [_with_lr(group, config) for group in groups if group["params"]]
+
+
+def _with_lr(group: Group, config: Mapping[str, Any]) -> Group:
+    if "lr_factor" in group:
+        group["lr"] = config["lr"] * group.pop("lr_factor")
+    return group
 
 
 def _quantizer_options(net: nn.Module) -> dict[nn.Parameter, dict[str, float]]:
@@ -130,7 +134,7 @@ def build_optimizer(net: nn.Module, config: Mapping[str, Any], mechanics: Sequen
     for default in groups:
         default["params"] = [parameter for parameter in default["params"] if parameter not in claimed]
     shared = [group for group in groups if group["params"]]
-    shared += [_named(slug, group) for slug, group in own if group.optimizer is None]
+    shared += [_with_lr(_named(slug, group), config) for slug, group in own if group.optimizer is None]
     optimizers: list[Optimizer] = []
     if shared:
         optimizers.append(resolve_target(settings, shared, trusted=True, key="optimizer"))

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from research.learning.module import QuantModule
+from research.quant.batchnorm import fold_pairs
+from research.quant.batchnorm import fold_pairs
 from research.quant.calibrate import calibrate
 from research.quant.layers import quantizers
 from research.quant.widths import SwitchableBatchNorm2d
@@ -32,7 +34,8 @@ def copy_float_state(source: nn.Module, net: nn.Module) -> None:
     switchable = {name: module for name, module in net.named_modules() if isinstance(module, SwitchableBatchNorm2d)}
     for name, tensor in source.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        names = [f"{owner}.by_width.{key}.{leaf}" for key in switchable[owner].by_width] if owner in switchable else [name]
+        widths = switchable[owner].by_width if owner in switchable else ()
+        names = [f"{owner}.by_width.{width}.{leaf}" for width in widths] or [name]
         for each in names:
             if each not in target:
                 raise ValueError(f"init_from: the quantized network has no tensor {each}: check quantizer.replace")
@@ -59,7 +62,10 @@ class Preparation(Callback):
         if bool(pl_module.prepared):
             return
         if pl_module.checkpoint is not None:
-            copy_float_state(pl_module.initial_network(), pl_module.net)
+            source = pl_module.initial_network()
+            if pl_module.recipe.fold_bn == 0:
+                fold_pairs(source, source.structure().conv_bn)
+            copy_float_state(source, pl_module.net)
             log.info("float weights from %s", pl_module.checkpoint.name)
         data = self.calibration_data(trainer)
         if any(True for _ in quantizers(pl_module.net)):

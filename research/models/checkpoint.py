@@ -41,15 +41,15 @@ def load_float_checkpoint(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"model.checkpoint={path}: pickled weights can run code and are not read; use a .safetensors file"
+            f"init_from={path}: pickled weights can run code and are not read; use a .safetensors file"
         )
     if not path.is_file():
-        raise ValueError(f"model.checkpoint={path}: no such file; use the path of a .safetensors file")
+        raise ValueError(f"init_from={path}: no such file; use the path of a .safetensors file")
     try:
         found = {canonical_name(name): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(
-            f"model.checkpoint={path}: truncated or corrupt ({error}); use an intact copy of the file"
+            f"init_from={path}: truncated or corrupt ({error}); use an intact copy of the file"
         ) from error
     expected = model.state_dict()
     for name, tensor in expected.items():
@@ -58,6 +58,6 @@ def load_float_checkpoint(model: nn.Module, path: str | Path) -> None:
     difference = first_difference(expected, found)
     if difference is not None:
         raise ValueError(
-            f"model.checkpoint={path}: {difference}; use the model, shortcut and num_classes that it was trained with"
+            f"init_from={path}: {difference}; use the model, shortcut and num_classes that it was trained with"
         )
     model.load_state_dict(found)

@@ -123,7 +123,8 @@ def reestimate_batchnorm(net: nn.Module, batches: Iterable[Tensor], momentum: fl
 
     Mean and variance become the plain average over the batches (which should be of one size); with ``momentum`` they
     move from where they are by the usual exponential average. Batch counters, training flags and all other state are
-    as before. Under DDP give every rank the same batches.
+    as before. A folded norm's variance changes the weight that is quantized. Under DDP give every rank the same
+    batches.
 
     Args:
         net: a network, converted or not.

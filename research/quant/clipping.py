@@ -31,8 +31,3 @@ def clip_codes(u: Tensor, low: Tensor, high: Tensor, mask: str = "clip_first") -
         return clipped
     rounded = torch.round(u)
     return torch.where((rounded >= low) & (rounded <= high), u, clipped)
-
-
-def round_about(t: Tensor, zero_point: Tensor) -> Tensor:
-    """``round(t - zero_point) + zero_point`` for integer ``zero_point``: ties fall as in a runtime's QuantizeLinear."""
-    return torch.round(t - zero_point) + zero_point

@@ -95,14 +95,16 @@ class QuantConvBn2d(QuantConv2d):
         bias = self.fold(mean, var)[1]
         correction = sigma / torch.sqrt(var + self.norm.eps)
         y = self.convolve(x, weight, None)
-        return y * per_channel(correction, y[0]) + per_channel(bias, y[0])
+        return (y * per_channel(correction, y[0]) + per_channel(bias, y[0])).to(y.dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
         factor = self.norm.weight / torch.sqrt(self.running[1] + self.norm.eps)
         factor = torch.where(factor == 0, torch.ones_like(factor), factor)
         y = self.convolve(x, self.quantized_weight(), None)
-        y = y / per_channel(factor, y[0])
-        return nn.BatchNorm2d.forward(self.norm, y if self.bias is None else y + per_channel(self.bias, y[0]))
+        unscaled = y / per_channel(factor, y[0])
+        if self.bias is not None:
+            unscaled = unscaled + per_channel(self.bias, y[0])
+        return nn.BatchNorm2d.forward(self.norm, unscaled).to(y.dtype)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance (C,) of the float convolution's output; moves the running statistics."""

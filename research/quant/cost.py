@@ -21,6 +21,7 @@ from research.quant.passes import evaluating, passes
 from research.quant.quantizers import Quantizer
 
 FLOAT_BITS = 32
+NOTHING = torch.zeros((), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def apply_convention(layers: Layers, convention: CostConvention, first: str, las
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:
-    return torch.stack([term.double() for term in terms]).sum()
+    return torch.stack(list(terms)).sum() if terms else NOTHING
 
 
 def _mean_bits(bits: Tensor) -> Tensor:
@@ -247,4 +248,4 @@ def input_memory(layers: Layers, reduction: str = "sum") -> Tensor:
     terms = [layer.inputs * _mean_bits(layer.input_bits) for layer in layers]
     if reduction not in ("sum", "max"):
         raise ValueError(f"activation memory {reduction!r}: use sum or max")
-    return _sum(terms) if reduction == "sum" else torch.stack(terms).max()
+    return _sum(terms) if reduction == "sum" or not terms else torch.stack(terms).max()

@@ -42,14 +42,17 @@ def cost_report(
         convention: what counts how; ``CostConvention()`` if None.
 
     Returns:
-        Plain numbers by name. ``bops_inner`` leaves the first and the last layer out, ``*_all`` sizes count biases,
-        batch-norms and ranges too, memory is in bits for one sample (``activation_sum`` once per layer that reads a
-        tensor); ``convention`` is a dictionary of its own.
+        Plain numbers by name, and ``convention``, a dictionary. ``bops_inner`` leaves the first and the last layer out,
+        ``*_all`` sizes count biases, batch-norms and ranges too. Memory is in bits for one sample:
+        ``activation_sum_bits`` counts a tensor once per layer that reads it, ``activation_peak_bits`` is of the whole
+        network, whatever is excluded.
     """
     convention = convention or CostConvention()
     measured = measure(net, input_shape)
     layers = apply_convention(measured, convention, first, last)
     inner = apply_convention(measured, replace(convention, first_last="excluded"), first, last)
+    whole = replace(convention, first_last="all") if convention.first_last == "excluded" else convention
+    present = apply_convention(measured, replace(whole, shortcut="counted"), first, last)
     norms = count_norm_parameters(net)
     size = size_bits(layers, convention.count_biases, convention.count_ranges, norms if convention.count_norms else 0)
     size_all = size_bits(layers, True, True, norms)
@@ -70,7 +73,7 @@ def cost_report(
         "compression": compression(layers),
         "activation_sum_bits": input_memory(layers, "sum"),
         "activation_max_bits": input_memory(layers, "max"),
-        "activation_peak_bits": peak_memory(net, input_shape, layers),
+        "activation_peak_bits": peak_memory(net, input_shape, present),
     }
     plain: dict[str, Any] = {key: value if isinstance(value, int) else float(value) for key, value in numbers.items()}
     return {**plain, "convention": convention.plain()}

@@ -46,7 +46,7 @@ def ema_minmax(previous: Range | None, current: Range, decay: float = 0.9) -> Ra
 
 def lsq_scale(x: Tensor, qmax: Tensor, channel_axis: int | None = None) -> Tensor:
     """``2 mean|x| / sqrt(qmax)`` (LSQ, section 2.1)."""
-    return 2 * _reduce(x.abs(), "mean", channel_axis) / torch.sqrt(torch.clamp(qmax, min=1))
+    return 2 * _reduce(x.abs(), "mean", channel_axis) / torch.sqrt(torch.clamp(qmax.to(x.dtype), min=1))
 
 
 def clipstd_range(x: Tensor, channel_axis: int | None = None, width: float = 2.6, widen: bool = True) -> Range:

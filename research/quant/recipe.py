@@ -67,18 +67,18 @@ class Recipe:
         for key in config:
             if key not in RECIPE_KEYS:
                 raise ValueError(f"quantizer.{key} is unknown: use one of {', '.join(RECIPE_KEYS)}")
-        rules = [_rule(entry, f"quantizer.rules[{index}]") for index, entry in enumerate(config.get("rules") or [])]
+        rules = [_rule(entry, f"quantizer.rules[{index}]") for index, entry in enumerate(_entries(config, "rules"))]
         outputs = [
-            Rule(entry["match"], {"output": entry["quantizer"]})
-            for index, entry in enumerate(config.get("outputs") or [])
+            Rule(_pattern(entry["match"], f"quantizer.outputs[{index}]"), {"output": entry["quantizer"]})
+            for index, entry in enumerate(_entries(config, "outputs"))
             if _exact_keys(entry, {"match", "quantizer"}, f"quantizer.outputs[{index}]")
         ]
         replace = [
-            (entry["match"], entry["module"])
-            for index, entry in enumerate(config.get("replace") or [])
+            (_pattern(entry["match"], f"quantizer.replace[{index}]"), entry["module"])
+            for index, entry in enumerate(_entries(config, "replace"))
             if _exact_keys(entry, {"match", "module"}, f"quantizer.replace[{index}]")
         ]
-        slots = {slot: config.get(slot) for slot in SLOT_KEYS}
+        slots = {slot: _settings(config.get(slot), f"quantizer.{slot}") for slot in SLOT_KEYS}
         widths, fold_bn = config.get("widths") or (), _fold_bn(config.get("fold_bn"))
         if widths and fold_bn is not None:
             raise ValueError(f"quantizer.fold_bn={fold_bn}: quantizer.widths needs batch-norms of its own; use none")
@@ -183,11 +183,33 @@ def _fold_bn(value: Any) -> int | None:
     return int(value)
 
 
+def _entries(config: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+    entries = config.get(key) or []
+    if not isinstance(entries, Sequence) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"quantizer.{key}={entries!r}: use a list of entries such as {{match: ...}}, or []")
+    return entries
+
+
 def _rule(entry: Mapping[str, Any], key: str) -> Rule:
     allowed = {"match", *SLOT_KEYS}
     if "match" not in entry or not set(entry) <= allowed:
         raise ValueError(f"{key}={dict(entry)}: a rule has 'match' and some of {', '.join(SLOT_KEYS)}")
-    return Rule(entry["match"], {slot: entry[slot] for slot in SLOT_KEYS if slot in entry})
+    settings = {slot: _settings(entry[slot], f"{key}.{slot}") for slot in SLOT_KEYS if slot in entry}
+    return Rule(_pattern(entry["match"], key), settings)
+
+
+def _settings(value: Any, key: str) -> Settings | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key}={value!r}: use null or settings such as {{name: lsq, bits: 4}}")
+    return value
+
+
+def _pattern(match: Any, key: str) -> str:
+    try:
+        re.compile(match)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{key}.match={match!r} is no regular expression ({error}): escape or close it") from None
+    return str(match)
 
 
 def _exact_keys(entry: Mapping[str, Any], keys: set[str], key: str) -> bool:

@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from research.runs.files import atomic_write_bytes
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-_TABLE_END = b"PK\x05\x06"  # the record that closes a zip archive's table of contents
+_TABLE_END = b"PK\x05\x06"  # starts the 22 bytes that close a zip archive without a comment
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             return None if archive.testzip() is None else "corrupt"
     except zipfile.BadZipFile:
-        return "corrupt" if _TABLE_END in path.read_bytes()[-64:] else "truncated"
+        return "corrupt" if path.read_bytes()[-22:].startswith(_TABLE_END) else "truncated"
 
 
 def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:

@@ -94,18 +94,22 @@ def wandb_logger(
         probe = save_dir / "wandb" / ".probe"
         probe.write_bytes(b"\0")
         probe.unlink()
+    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
     # mode goes to wandb.init: WandbLogger's own offline=True would set WANDB_MODE for every later run of the process
-    return WandbLogger(
+    logger = WandbLogger(
         name=f"{folder.experiment}/{folder.hash}",
         id=folder.hash,
         save_dir=save_dir,
         project=project,
         resume="allow",
         mode=mode,
+        settings=wandb.Settings(quiet=True),
         config=dict(config),
     )
+    del logger._wandb_init["anonymous"]  # Lightning passes None, and W&B warns of the deprecated setting
+    return logger
 
 
 @rank_zero_only

@@ -104,9 +104,7 @@ def read_metrics(path: Path) -> list[Metric]:
     header, *rows = csv.reader(io.StringIO(whole)) if whole else [[]]
     if tuple(header) != _COLUMNS:
         raise ValueError(f"{path} is no metrics record: expected the columns {','.join(_COLUMNS)}")
-    return [
-        Metric(int(step), int(epoch) if epoch else None, name, float(value)) for step, epoch, name, value in rows
-    ]
+    return [Metric(int(step), int(epoch) if epoch else None, name, float(value)) for step, epoch, name, value in rows]
 
 
 def _lines(rows: Iterable[Metric]) -> str:

@@ -136,7 +136,9 @@ def test_option_b_table(bits, first_last, giga, inner, size, average):
     [(32, "all", 44.4458), (8, "all", 3.5703), (4, "fixed8", 1.3243), (4, "all", 1.2995), (2, "fixed8", 0.6826)],
 )
 def test_uniq_form(bits, first_last, giga):
-    assert float(bops(layers_at("A", bits, bits, first_last=first_last), "uniq")) / 1e9 == pytest.approx(giga, abs=5.1e-5)
+    assert float(bops(layers_at("A", bits, bits, first_last=first_last), "uniq")) / 1e9 == pytest.approx(
+        giga, abs=5.1e-5
+    )
 
 
 @pytest.mark.parametrize(("bits", "giga"), [(4, 0.6559), (2, 0.1675)])
@@ -189,7 +191,10 @@ def test_peak_memory():
     assert cost_report(net, IMAGE, "conv1", "fc")["activation_peak_bits"] == 3 * image * 4
     with passes(net, bits={"layer1.0.conv2.input_quantizer": 8}):
         assert cost_report(net, IMAGE, "conv1", "fc")["activation_peak_bits"] == (8 + 4 + 4) * image
-    assert cost_report(net, IMAGE, "conv1", "fc", CostConvention(first_last="excluded"))["activation_peak_bits"] == 12 * image
+    assert (
+        cost_report(net, IMAGE, "conv1", "fc", CostConvention(first_last="excluded"))["activation_peak_bits"]
+        == 12 * image
+    )
     net = resnet20()
     outputs = [{"match": r"layer1\.0\.add", "quantizer": {"name": "lsq", "bits": 8}}]
     convert(net, Recipe.from_config({"weight": slot, "input": slot, "outputs": outputs}), "conv1", "fc")
@@ -231,8 +236,8 @@ def test_zero_bits_and_bits_per_channel():
     for form in ("product", "uniq"):
         assert bops([half], form) == bops([full], form) / 2
     assert size_bits([half]) == size_bits([full]) / 2
-    signed = apply_convention([half, *float_layers("A")[:1], *float_layers("A")[-1:]], CostConvention(count_sign_bit=True),
-                              "conv1", "fc")  # fmt: skip
+    convention, ends = CostConvention(count_sign_bit=True), (float_layers("A")[0], float_layers("A")[-1])
+    signed = apply_convention([half, *ends], convention, "conv1", "fc")
     assert torch.equal(signed[0].weight_bits, torch.tensor([0.0, 5.0] * 8))
     assert torch.equal(signed[1].weight_bits, torch.tensor(32.0))
 
@@ -294,3 +299,10 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="use sum or max"):
         input_memory(layers, "peak")
     assert average_activation_bits(layers) == 32
+
+
+def test_a_net_of_two_layers_has_no_inner_ones():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    report = cost_report(net, (4,), "0", "2")
+    assert report["bops_inner"] == 0 and report["bops"] == (12 + 6) * 1024
+    assert report["activation_max_bits"] == 4 * 32 and report["activation_peak_bits"] == 7 * 32

@@ -1,7 +1,7 @@
 """A small training job with all that a resume has to carry: momentum, schedule, dropout, batch-norm, loader position.
 
-Run as a script, `mini.py FOLDER KILL_STEP` trains in FOLDER, resumes where a checkpoint lies there, and ends by
-SIGKILL right after KILL_STEP steps of this process (-1: never).
+`python -m tests.runs.mini FOLDER STEPS STEPS ...` starts the job in FOLDER once per STEPS, each in a process of its own
+that SIGKILL ends in its batch after that many steps, and prints the name of the signal that ended each.
 """
 
 import os
@@ -94,7 +94,11 @@ def validation_loader() -> torch.utils.data.DataLoader:  # type: ignore[type-arg
 
 
 def train(
-    root: Path, callbacks: list[pl.Callback] | None = None, every_n_steps: int | None = 2, **trainer_options: Any
+    root: Path,
+    callbacks: list[pl.Callback] | None = None,
+    every_n_steps: int | None = 2,
+    monitor: str = "val/loss",
+    **trainer_options: Any,
 ) -> tuple[pl.Trainer, MiniModule, CountingLoader]:
     """One start of the job: the first one, or a resume. Returns what is left after it ends."""
     folder = RunFolder.open(root, "mini", {"options": str(trainer_options)})
@@ -109,7 +113,7 @@ def train(
         logger=logger,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
-        callbacks=[*(callbacks or []), RunCheckpoint(folder.checkpoints, every_n_steps, "val/loss", "min")],
+        callbacks=[*(callbacks or []), RunCheckpoint(folder.checkpoints, every_n_steps, monitor, "min")],
         plugins=[VerifiedCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -132,4 +136,9 @@ class KillAfter(pl.Callback):
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), [KillAfter(int(sys.argv[2]))])
+    for steps in sys.argv[2:]:
+        child = os.fork()
+        if child == 0:
+            train(Path(sys.argv[1]), [KillAfter(int(steps))])
+            os._exit(0)
+        print(signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name, flush=True)

@@ -28,9 +28,9 @@ def quantizer_class(name: str) -> type[Quantizer]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
-        raise ValueError(f"quantizer name {name!r} is unknown: use one of {', '.join(REGISTRY)}") from None
+        raise ValueError(f"quantizer.*.name={name!r} is unknown: use one of {', '.join(REGISTRY)}") from None
     if not (isinstance(found, type) and issubclass(found, Quantizer)):
-        raise ValueError(f"quantizer name {name!r} is no Quantizer: use one of {', '.join(REGISTRY)}")
+        raise ValueError(f"quantizer.*.name={name!r} is no Quantizer: use one of {', '.join(REGISTRY)}")
     return found
 
 

@@ -140,7 +140,10 @@ class Quantizer(nn.Module):
         return self.bits
 
     def transform(self, x: Tensor) -> Tensor:
-        """The differentiable map in front of rounding, clipping included, in units of codes."""
+        """The differentiable map in front of rounding, clipping included, in units of codes.
+
+        Where there is an integer zero point, it is added by ``codes_ste``, after rounding, as runtimes do.
+        """
         raise NotImplementedError
 
     def codes_ste(self, transformed: Tensor) -> Tensor:

@@ -103,29 +103,30 @@ class DoReFa(Quantizer):
         """The clipped input or normalised weight in units of codes."""
         return self._codes(x, self._scale(self._magnitude(x)))
 
-    def codes_ste(self, transformed: Tensor) -> Tensor:
-        """Rounded codes within the limits."""
+    def _round(self, transformed: Tensor) -> Tensor:
+        """Codes within the limits, without derivative."""
         qmin, qmax = self.limits()
         if self.midrise:
             codes = 2 * torch.round((transformed + qmax) / 2) - qmax
             sign = torch.where(transformed >= 0, qmax, qmin)
-            return straight_through(torch.where(self.bits == 1, sign, codes), transformed)
-        return straight_through(torch.clamp(torch.round(transformed), qmin, qmax), transformed)
+            return torch.where(self.bits == 1, sign, codes)
+        return torch.clamp(torch.round(transformed), qmin, qmax)
 
-    def _values(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return codes * scale
+    def codes_ste(self, transformed: Tensor) -> Tensor:
+        """Rounded codes within the limits."""
+        return straight_through(self._round(transformed), transformed)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Values of ``codes``."""
+        """``codes * scale``."""
         scale = self.scale
-        return self._values(codes.to(scale.dtype), scale)
+        return codes.to(scale.dtype) * scale
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """The quantized value, with the derivative of the value before rounding."""
         scale = self._scale(self._magnitude(x))
         transformed = self._codes(x, scale)
-        relaxed = self._values(transformed, scale)
-        return straight_through(self._values(self.codes_ste(transformed), scale), relaxed) if rounding else relaxed
+        relaxed = transformed * scale
+        return straight_through(self._round(transformed) * scale, relaxed) if rounding else relaxed
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

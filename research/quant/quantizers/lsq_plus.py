@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from research.quant.clipping import clip_codes, round_about
+from research.quant.clipping import clip_codes
 from research.quant.quantizers.base import QuantizerSpec, Role
 from research.quant.quantizers.lsq import LSQ
 from research.quant.ranges import initial_affine, initial_scale, refine_offset
@@ -76,19 +76,14 @@ class LSQPlus(LSQ):
 
     def _zero_point(self, offset: Tensor, scale: Tensor) -> Tensor:
         if not self.integer_offset:
-            return -offset / scale
+            return torch.where(self.bits > 0, -offset / scale, 0.0)
         return straight_through(torch.clamp(torch.round(offset), *self.limits()), offset)
 
     def _clip(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         qmin, qmax = self.limits()
-        if not self.integer_offset:
-            return clip_codes(x / scale + zero_point, qmin, qmax, self.mask)
-        return clip_codes(x / scale, qmin - zero_point, qmax - zero_point, self.mask) + zero_point
-
-    def _round(self, transformed: Tensor, zero_point: Tensor) -> Tensor:
-        if not self.integer_offset:
-            return round_ste(transformed)
-        return straight_through(round_about(transformed, zero_point), transformed)
+        if self.integer_offset:
+            return clip_codes(x / scale, qmin - zero_point, qmax - zero_point, self.mask)
+        return clip_codes(x / scale + zero_point, qmin, qmax, self.mask)
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """Quantize ``x`` with one scale and one offset tensor, their gradients scaled."""
@@ -97,17 +92,19 @@ class LSQPlus(LSQ):
         scale = self._with_factor(self.scale, x)
         zero_point = self._zero_point(self._with_factor(self.raw_offset, x), scale)
         transformed = self._clip(x, scale, zero_point)
-        return ((self._round(transformed, zero_point) if rounding else transformed) - zero_point) * scale
+        codes = round_ste(transformed) if rounding else transformed
+        return (codes if self.integer_offset else codes - zero_point) * scale
 
     def transform(self, x: Tensor) -> Tensor:
-        """``clip(x / s + zero_point, qmin, qmax)``, in units of codes."""
+        """``clip(x / s - beta / s, qmin, qmax)``; with an integer zero point ``clip(x / s, qmin - z, qmax - z)``."""
         zero_point = self.zero_point
         return super().transform(x) if zero_point is None else self._clip(x, self.scale, zero_point)
 
     def codes_ste(self, transformed: Tensor) -> Tensor:
-        """Rounded codes; relative to the zero point if that is an integer."""
+        """Rounded codes, an integer zero point added."""
+        codes = super().codes_ste(transformed)
         zero_point = self.zero_point
-        return super().codes_ste(transformed) if zero_point is None else self._round(transformed, zero_point)
+        return codes if zero_point is None or not self.integer_offset else codes + zero_point
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """``(codes - zero_point) * s``."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from research.quant.clipping import check_mask, clip_codes, round_about
+from research.quant.clipping import check_mask, clip_codes
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ranges import affine_from_range, initial_affine, initial_scale, power_of_two
-from research.quant.ste import straight_through
+from research.quant.ste import round_ste
 
 
 class MinMax(Quantizer):
@@ -66,19 +66,27 @@ class MinMax(Quantizer):
         return None if self.symmetric else self._affine()[1]
 
     def transform(self, x: Tensor) -> Tensor:
-        """``clip(x / s + z, qmin, qmax)``."""
-        scale, zero_point = self._affine()
+        """``clip(x / s, qmin - z, qmax - z)``."""
+        return self._clip(x, *self._affine())
+
+    def _clip(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         qmin, qmax = self.limits()
-        return clip_codes(x / scale, qmin - zero_point, qmax - zero_point, self.mask) + zero_point
+        return clip_codes(x / scale, qmin - zero_point, qmax - zero_point, self.mask)
 
     def codes_ste(self, transformed: Tensor) -> Tensor:
-        """Codes, rounded relative to the zero point."""
-        return straight_through(round_about(transformed, self._affine()[1]), transformed)
+        """Rounded codes, the zero point added."""
+        return round_ste(transformed) + self._affine()[1]
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """``(codes - z) * s``."""
         scale, zero_point = self._affine()
         return (codes.to(scale.dtype) - zero_point) * scale
+
+    def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
+        """Quantize ``x``; the zero point cancels."""
+        scale, zero_point = self._affine()
+        transformed = self._clip(x, scale, zero_point)
+        return (round_ste(transformed) if rounding else transformed) * scale
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

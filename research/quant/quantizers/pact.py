@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from research.quant.clipping import round_about
 from research.quant.quantizers.base import QuantizerSpec, Role
 from research.quant.quantizers.dorefa import DoReFa
-from research.quant.ste import straight_through
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -28,8 +26,8 @@ class PACT(DoReFa):
 
     ``y_q = round(y n / alpha) alpha / n``, ``y = pact_clip(x, 0, alpha)``, ``n = 2^k - 1``, and ``dy_q = dy``: only
     clipped values move ``alpha``. The paper adds ``lambda alpha^2`` to the loss: ``alpha`` has the optimizer's weight
-    decay. Inputs with negative values are clipped to ``[-alpha, alpha]``, or, with ``lower``, to ``[beta, alpha]`` with a
-    trainable ``beta`` and a zero point (MQBench). ``spec.init`` plays no role: ``alpha`` starts at a constant.
+    decay. Inputs with negative values are clipped to ``[-alpha, alpha]``, or, with ``lower``, to ``[beta, alpha]`` with
+    a trainable ``beta`` and a zero point (MQBench). ``spec.init`` plays no role: ``alpha`` starts at a constant.
 
     Args:
         spec, shape, channel_axis, role: as every quantizer's.
@@ -77,11 +75,10 @@ class PACT(DoReFa):
     @property
     def zero_point(self) -> Tensor | None:
         """Code of the value zero with ``lower``: an integer, without gradient; else None."""
-        return None if self.beta is None else self._zero_point(self.scale)
-
-    def _zero_point(self, scale: Tensor) -> Tensor:
+        if self.beta is None:
+            return None
         qmin, qmax = self.limits()
-        return torch.clamp(qmin - torch.round(self._bounds()[0] / scale), qmin, qmax).detach()
+        return torch.clamp(qmin - torch.round(self._bounds()[0] / self.scale), qmin, qmax).detach()
 
     def clip(self, x: Tensor) -> Tensor:
         """`pact_clip` of an input."""
@@ -90,17 +87,23 @@ class PACT(DoReFa):
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         if self.beta is None:
             return super()._codes(x, scale)
-        return self.clip(x) * (1 / scale) + self._zero_point(scale)  # a product, as in PyTorch's operators: beta is a tie
+        return self.clip(x) * (1 / scale)  # a product, as in PyTorch's operators: both bounds lie near ties
+
+    def _round(self, transformed: Tensor) -> Tensor:
+        zero_point = self.zero_point
+        if zero_point is None:
+            return super()._round(transformed)
+        qmin, qmax = self.limits()
+        return torch.clamp(torch.round(transformed), qmin - zero_point, qmax - zero_point)
 
     def codes_ste(self, transformed: Tensor) -> Tensor:
-        """Rounded codes within the limits."""
-        if self.beta is None:
-            return super().codes_ste(transformed)
-        codes = round_about(transformed, self._zero_point(self.scale))
-        return straight_through(torch.clamp(codes, *self.limits()), transformed)
+        """Rounded codes within the limits, the zero point added."""
+        codes = super().codes_ste(transformed)
+        return codes if self.zero_point is None else codes + self.zero_point
 
-    def _values(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return super()._values(codes if self.beta is None else codes - self._zero_point(scale), scale)
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """``(codes - zero_point) * scale``."""
+        return super().dequantize(codes if self.zero_point is None else codes - self.zero_point)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Analysis: scripts over run folders; ``python -m analysis.<script> key=value ...``."""

@@ -1,0 +1,59 @@
+"""Export a finished run: ``python -m research.export run=DIR``, as integers and as ONNX, with the parity report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from research.cli import command
+from research.config import build_data
+from research.deploy import load_artifact
+from research.results import artifact_places, deploy, test_batches
+from research.runs.folder import RunFolder
+from research.runs.records import read_config, write_json
+
+log = logging.getLogger(__name__)
+
+
+def export(folder: RunFolder, paths: dict[str, str], output: Path | None = None) -> list[dict[str, Any]]:
+    """Write the artifact and ONNX graph of every deployment and compare the graph with the network on the test set.
+
+    Args:
+        folder: a finished run folder; its config may name nothing outside the allow-list.
+        paths: where things lie on this machine.
+        output: folder to write to; None for the run's own ``artifact/``.
+
+    Returns:
+        One row per deployment: sizes and the parity report, also written as ``parity.json`` beside the graph.
+    """
+    config = {**read_config(folder.config_path), "paths": paths}
+    data = build_data(config, trusted=False)
+    batches = test_batches(data)
+    rows = []
+    for name, source in artifact_places(folder).items():
+        place = source if output is None else output / source.relative_to(folder.artifact)
+        meta = {"run": f"{folder.experiment}/{folder.hash}"}
+        row = {"name": name, **deploy(load_artifact(source), config, place, data, batches, meta, onnx=True)}
+        write_json(place / "parity.json", row)
+        rows.append(row)
+        log.info("%s: %s", name, place)
+    return rows
+
+
+@command("export")
+def main(cfg: DictConfig) -> None:
+    """Entry point."""
+    folder = RunFolder.existing(cfg.run)
+    paths = OmegaConf.to_container(cfg.paths, resolve=True)
+    assert isinstance(paths, dict)
+    output = None if cfg.output is None else Path(cfg.output)
+    for row in export(folder, {str(key): str(value) for key, value in paths.items()}, output):
+        for key, value in row.items():
+            log.info("%-24s %s", key, value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The keys of ``conf/train.yaml``: what a training config may hold, checked before anything is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from research.arguments import check_arguments
+from research.learning.optim import Schedule
+from research.learning.prepare import Preparation
+from research.runs.checkpoint import RunCheckpoint
+from research.targets import find_target
+
+TRAINER_OWN = ("callbacks", "logger", "plugins", "default_root_dir", "enable_model_summary", "num_sanity_val_steps")
+"""Arguments of the Trainer that no config sets."""
+
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The top level."""
+
+    name: str
+    seed: int
+    init_from: str | None
+    compile: str
+    channels_last: bool
+    calibration: Section
+    checkpoint: Section
+    finalise: Section
+    deploy: Section
+    paths: Section
+    data: Section
+    model: Section
+    quantizer: Section
+    task: Section
+    optimizer: Section
+    scheduler: Section
+    callbacks: Section
+    trainer: Section
+    logger: Section
+
+
+@dataclass(frozen=True)
+class Finalise:
+    """``finalise``."""
+
+    weights: Literal["last", "best"]
+    batchnorm_batches: int
+
+
+@dataclass(frozen=True)
+class Deploy:
+    """``deploy``."""
+
+    onnx: bool
+
+
+@dataclass(frozen=True)
+class Paths:
+    """``paths``."""
+
+    runs: str
+    data: str
+    checkpoints: str
+
+
+@dataclass(frozen=True)
+class Loggers:
+    """``logger``."""
+
+    wandb: Section
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """``logger.wandb``."""
+
+    mode: str
+    project: str
+    dir: str | None
+
+
+def check_training(config: Mapping[str, Any]) -> None:
+    """Check a plain training config, but for what the model, the data and the mechanics check as they are built.
+
+    Raises:
+        ValueError: an unknown key, a value of another type, or keys that contradict each other.
+    """
+    check_arguments(Training, config, key="", name="training")
+    sections = {
+        "finalise": Finalise,
+        "deploy": Deploy,
+        "paths": Paths,
+        "logger": Loggers,
+        "calibration": Preparation,
+    }
+    for key, section in sections.items():
+        check_arguments(section, config[key], key=key, name=key)
+    check_arguments(Wandb, config["logger"]["wandb"], key="logger.wandb", name="logger.wandb")
+    check_arguments(RunCheckpoint, config["checkpoint"], "", key="checkpoint", name="checkpoint")
+    check_arguments(Schedule, {**config["scheduler"], "total": 0}, key="scheduler", name="scheduler")
+    _check_trainer(config["trainer"])
+    _check_optimizer(config["optimizer"])
+    monitor = config["checkpoint"]["monitor"]
+    if config["finalise"]["weights"] == "best" and monitor is None:
+        raise ValueError("finalise.weights=best needs checkpoint.monitor; add checkpoint.monitor=val/accuracy")
+    if monitor is not None and not config["data"]["validation"]:
+        raise ValueError(f"checkpoint.monitor={monitor}: data.validation=0 holds no images out; use data.validation=1000")
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    for name in TRAINER_OWN:
+        if name in trainer:
+            raise ValueError(f"trainer.{name} cannot be set: training sets it itself; leave it out")
+    given = {name: value for name, value in trainer.items() if name != "precision"}  # checked where it is translated
+    check_arguments(pl.Trainer, given, key="trainer", name="trainer")
+
+
+def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    options = {name: value for name, value in optimizer.items() if name not in ("_target_", "norm", "quantizer")}
+    target = find_target(optimizer["_target_"], trusted=True, key="optimizer")
+    check_arguments(target, options, [], key="optimizer", name=optimizer["_target_"])
+    for group in ("norm", "quantizer"):
+        changes = dict(optimizer.get(group) or {})
+        factor = changes.pop("lr_factor", 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise ValueError(f"optimizer.{group}.lr_factor={factor!r}: use a number")
+        check_arguments(target, changes, [], key=f"optimizer.{group}", name=optimizer["_target_"])
