@@ -51,7 +51,8 @@ def asam_perturbation(
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([tensor.float().square().sum() for tensor in tensors.values()]).sum().sqrt()
+    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors.values()]
+    return torch.stack([tensor.square().sum() for tensor in wide]).sum().sqrt()
 
 
 class SAM(Mechanic):

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
-WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    types.NoneType: "null",
+    list: "a list",
+    tuple: "a list",
+    Sequence: "a list",
+    dict: "a mapping",
+    Mapping: "a mapping",
+}
 
 
 def check_arguments(
@@ -44,7 +55,7 @@ def _with_options(function: Callable[..., Any]) -> inspect.Signature:
     """The signature with resolved annotations, and with ``**options: Unpack[Options]`` as the single options."""
     signature = inspect.signature(function)
     try:
-        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except NameError:  # an annotation imported for type checkers only
         hints = {}
     parameters = []
@@ -71,7 +82,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in get_args(hint)
     kind = origin or hint
-    if not isinstance(kind, type) or kind is object:
+    if not isinstance(kind, type) or kind in (object, Any):
         return True
     if isinstance(value, str):
         return kind is str
@@ -81,9 +92,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(member) for member in get_args(hint)))
-    if get_origin(hint) is Literal:
+    """What to use for ``hint``, as far as a config can: classes of other kinds are left out."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(words for member in get_args(hint) if (words := _words(member))))
+    if origin is Literal:
         return " or ".join(str(choice) for choice in get_args(hint))
-    kind = get_origin(hint) or hint
-    return WORDS.get(kind, "a list" if kind is list or kind is tuple else getattr(kind, "__name__", str(kind)))
+    return WORDS.get(origin or hint, "")

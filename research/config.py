@@ -12,6 +12,9 @@ from research.runs.records import read_config
 from research.targets import resolve_target
 
 
+FINAL = "final.safetensors"
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """The resolved config as plain containers, with an empty ``callbacks`` where none was chosen.
 
@@ -52,10 +55,12 @@ def build_data(config: dict[str, Any], trusted: bool = True) -> ImageDataModule:
 
 
 def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | None:
-    """The float weights that ``init_from`` names: a file or a run folder, as given or below the configured paths.
+    """The float weights that ``init_from`` names: a file, a run folder, or an experiment's folder with one finished run.
+
+    It is looked for as given, below ``paths.checkpoints`` and below ``paths.runs``.
 
     Raises:
-        ValueError: nothing there; says where it was looked for.
+        ValueError: nothing there (says where it was looked for), or several runs.
     """
     if init_from is None:
         return None
@@ -63,8 +68,12 @@ def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | N
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-        if (candidate / "final.safetensors").is_file():
-            return candidate / "final.safetensors"
+        finals = [candidate / FINAL] if (candidate / FINAL).is_file() else sorted(candidate.glob(f"*/{FINAL}"))
+        if len(finals) > 1:
+            runs = ", ".join(f"{init_from}/{final.parent.name}" for final in finals)
+            raise ValueError(f"init_from={init_from} has several finished runs: name one of {runs}")
+        if finals:
+            return finals[0]
     places = ", ".join(str(candidate) for candidate in candidates)
     raise ValueError(f"init_from={init_from}: no .safetensors file and no finished run at {places}; "
         "give a file, a run folder, or paths.checkpoints (FLATBIT_CHECKPOINTS)")

@@ -104,13 +104,16 @@ def check_training(config: Mapping[str, Any]) -> None:
     check_arguments(Wandb, config["logger"]["wandb"], key="logger.wandb", name="logger.wandb")
     check_arguments(RunCheckpoint, config["checkpoint"], "", key="checkpoint", name="checkpoint")
     check_arguments(Schedule, {**config["scheduler"], "total": 0}, key="scheduler", name="scheduler")
+    for slug, settings in config["callbacks"].items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"callbacks.{slug}={settings!r}: use the settings of a mechanic, with its _target_")
     _check_trainer(config["trainer"])
     _check_optimizer(config["optimizer"])
     monitor = config["checkpoint"]["monitor"]
     if config["finalise"]["weights"] == "best" and monitor is None:
         raise ValueError("finalise.weights=best needs checkpoint.monitor; add checkpoint.monitor=val/accuracy")
     if monitor is not None and not config["data"]["validation"]:
-        raise ValueError(f"checkpoint.monitor={monitor}: data.validation=0 holds no images out; use data.validation=1000")
+        raise ValueError(f"checkpoint.monitor={monitor}: data.validation=0 holds nothing out; use data.validation=1000")
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:

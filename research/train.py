@@ -84,7 +84,7 @@ def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None
     """Train, or go on where an interrupted run of this configuration stopped, then seal the run folder."""
     started = time.monotonic()
     torch.compiler.reset()  # the jobs of a multirun share this process: no job counts another's graphs
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over each tensor
     pl.seed_everything(config["seed"], verbose=False)
     data, module = build_data(config), build_module(config)
     data.setup()

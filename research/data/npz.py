@@ -26,7 +26,8 @@ def load_npz(path: Path, num_classes: int, remedy: str) -> ImageSplits:
         with np.load(path, allow_pickle=False) as arrays:
             train, test = (_image_set(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
     except CORRUPT as error:
-        raise ValueError(f"{path}: corrupt, or no set of images ({' '.join(str(error).split())}); {remedy}") from error
+        reason = " ".join(str(error).split()) if zipfile.is_zipfile(path) else "no zip archive"
+        raise ValueError(f"{path}: corrupt, or no set of images ({reason}); {remedy}") from error
     for part in (train, test):
         check_labels(part, num_classes, path)
     return ImageSplits(train, test, num_classes, image_size=train.images.shape[1])

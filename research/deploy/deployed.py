@@ -148,7 +148,7 @@ def _fixed(name: str, layer: QuantLayer, quantizer: Quantizer) -> DeployedWeight
         codes,
         quantizer.scale.detach().clone(),
         None if zero_point is None else zero_point.detach().clone(),
-    )
+    ).to(codes.device)
     if not torch.equal(fixed(layer.weight), layer.quantized_weight()):
         raise ValueError(
             f"{name}: its weight is not what the codes of its {type(quantizer).__name__} stand for (a mode other than "

@@ -32,7 +32,7 @@ class Composite(Optimizer):
     def _share_groups(self) -> None:
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate ``closure`` once, then step every optimizer."""
         loss = None if closure is None else closure()
         for optimizer in self.optimizers:

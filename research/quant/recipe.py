@@ -80,6 +80,8 @@ class Recipe:
         ]
         slots = {slot: _settings(config.get(slot), f"quantizer.{slot}") for slot in SLOT_KEYS}
         widths, fold_bn = config.get("widths") or (), _fold_bn(config.get("fold_bn"))
+        if not isinstance(widths, Sequence):
+            raise ValueError(f"quantizer.widths={widths!r}: use a list of bits such as [2, 4], or []")
         if widths and fold_bn is not None:
             raise ValueError(f"quantizer.fold_bn={fold_bn}: quantizer.widths needs batch-norms of its own; use none")
         return cls(
@@ -148,7 +150,10 @@ def make_spec(settings: Settings | None, key: str) -> QuantizerSpec | None:
             raise ValueError(f"{key}.{field} is unknown: use one of {', '.join(known)}")
     values = dict(settings)
     values["options"] = dict(values.get("options") or {})
-    return QuantizerSpec(**values)
+    try:
+        return QuantizerSpec(**values)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith("quantizer.") else f"{key}.{error}") from None
 
 
 def table_to_plain(table: Table) -> dict[str, dict[str, dict[str, Any] | None]]:

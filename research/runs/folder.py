@@ -42,11 +42,11 @@ class RunFolder:
     def open(cls, root: Path | str, experiment: str, config: Mapping[str, Any]) -> "RunFolder":
         """The folder of this configuration, made where missing; the same configuration always gives the same folder.
 
-        Raises ValueError, naming `experiment` or `paths.runs`, for a name that is no folder name or a root that cannot
+        Raises ValueError, naming `name` or `paths.runs`, for a name that is no folder name or a root that cannot
         be written.
         """
         if not re.fullmatch(r"\w[\w.+=-]*", experiment):
-            raise ValueError(f"experiment={experiment!r} is not a folder name; use letters, digits, _ - . + = only")
+            raise ValueError(f"name={experiment!r} is not a folder name; use letters, digits, _ - . + = only")
         digest = config_hash(config)
         folder = cls(Path(root).absolute() / experiment / digest, experiment, digest)
         with writing(folder.path):
@@ -144,7 +144,7 @@ class RunFolder:
             except BlockingIOError as error:
                 holder = file.read().strip() or "unknown"
                 raise ValueError(
-                    f"run folder {self.path} is in use by process {holder}; wait for it, or change seed or experiment"
+                    f"run folder {self.path} is in use by process {holder}; wait for it, or change seed or name"
                 ) from error
             file.truncate()
             file.write(f"{os.getpid()}\n")

@@ -11,7 +11,7 @@ from torch import nn
 from research.learning.mechanic import Mechanic
 from research.learning.module import QuantModule
 from research.quant.calibrate import calibrate
-from tests.learning.tiny import FLOAT, LSQ, RESNET, SGD, fit, float_weights, make_data, make_module, state, tiny_net
+from tests.learning.tiny import LAST, FLOAT, LSQ, RESNET, SGD, fit, float_weights, make_data, make_module, state, tiny_net
 
 EPOCHS, ACCUMULATE, CLIP = 3, 2, 0.5
 
@@ -96,7 +96,7 @@ def test_a_checkpoint_alone_rebuilds_the_network_its_table_and_its_mechanics(tmp
     mechanics = {"sam": {"_target_": "callbacks.sam.SAM", "rho": 0.125}}
     module = make_module(mechanics, model=RESNET, trusted=False)
     fit(module, max_epochs=1, folder=tmp_path)
-    restored = QuantModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    restored = QuantModule.load_from_checkpoint(tmp_path / LAST)
     images = torch.randn(4, 3, 8, 8)
     assert torch.equal(restored.eval()(images), module.eval()(images))
     assert restored.describe() == module.describe()
@@ -107,7 +107,7 @@ def test_a_checkpoint_alone_rebuilds_the_network_its_table_and_its_mechanics(tmp
 def test_a_checkpoint_cannot_name_any_target_it_likes(tmp_path: Path) -> None:
     fit(make_module(quantizer=FLOAT), max_epochs=1, folder=tmp_path)
     with pytest.raises(ValueError, match="tests.learning.tiny.TinyNet is refused"):
-        QuantModule.load_from_checkpoint(tmp_path / "last.ckpt")
+        QuantModule.load_from_checkpoint(tmp_path / LAST)
 
 
 def test_the_initial_network_draws_no_noise(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from research.learning.mechanic import Mechanic
 from research.learning.prepare import Preparation, copy_float_state
 from research.quant.batchnorm import fold_pairs
 from research.quant.layers import quantizers
-from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_module, state
+from tests.learning.tiny import LAST, LSQ, RESNET, StopAt, fit, float_weights, make_module, state
 
 BITS4 = {**LSQ, "bits": 4}
 
@@ -25,7 +25,7 @@ class Preparing(Mechanic):
 
     def prepare(self, module: Any, loader: Any) -> None:
         calibrated = all(bool(quantizer.initialised) for _, quantizer in quantizers(module.net))
-        self.found.append((calibrated, sum(len(labels) for _, labels in loader), float(module.net.fc.weight.sum())))
+        self.found.append((calibrated, sum(len(labels) for _, labels in loader), float(module.net.fc.weight.detach().sum())))
 
 
 MECHANIC = {"preparing": {"_target_": "tests.learning.test_prepare.Preparing"}}
@@ -34,12 +34,12 @@ MECHANIC = {"preparing": {"_target_": "tests.learning.test_prepare.Preparing"}}
 def test_mechanics_prepare_once_after_weights_and_ranges_and_never_on_a_resume(tmp_path: Path) -> None:
     checkpoint = float_weights(tmp_path / "float.safetensors", RESNET)
     module = make_module(MECHANIC, model=RESNET, checkpoint=checkpoint)
-    expected = float(module.initial_network().fc.weight.sum())
+    expected = float(module.initial_network().fc.weight.detach().sum())
     with pytest.raises(RuntimeError, match="stopped"):
         fit(module, folder=tmp_path, callbacks=(StopAt(3),))
     assert module.active[0].found == [(True, 16, expected)]
     resumed = make_module(MECHANIC, model=RESNET, checkpoint=checkpoint)
-    fit(resumed, folder=tmp_path, resume=tmp_path / "last.ckpt")
+    fit(resumed, folder=tmp_path, resume=tmp_path / LAST)
     assert resumed.active[0].found == []
     assert bool(resumed.prepared)
 

@@ -16,9 +16,10 @@ from research.learning.guard import NonFiniteGuard
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
 from research.models.structure import FloatModel, Structure
-from research.runs.checkpoint import RunCheckpoint, VerifiedCheckpointIO
+from research.runs.checkpoint import RunCheckpoint, VerifiedCheckpointIO, load_checkpoint
 
 CLASSES, SIDE = 4, 8
+LAST = Path("checkpoints/last.ckpt")
 FLOAT: dict[str, Any] = {}
 LSQ: dict[str, Any] = {
     "weight": {"name": "lsq", "bits": 4, "signed": True, "init": "lsq"},
@@ -126,14 +127,15 @@ def fit(
     callbacks: tuple[pl.Callback, ...] = (),
     **options: Any,
 ) -> pl.Trainer:
-    """Fit as ``research.train`` does, on the CPU, without loggers; checkpoints every two steps if there is a folder."""
-    saving = [] if folder is None else [RunCheckpoint(folder, every_n_steps=2)]
+    """Fit as ``research.train`` does, on the CPU, without loggers; with a folder, checkpoints every two steps in it."""
+    saving = [] if folder is None else [RunCheckpoint(folder / LAST.parent, every_n_steps=2)]
     settings: dict[str, Any] = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1}
     trainer = pl.Trainer(
         **{**settings, **options},
         callbacks=[Preparation(batches=1, batch_size=16), NonFiniteGuard(), *callbacks, *saving],
         plugins=[VerifiedCheckpointIO()],
         logger=False,
+        default_root_dir=folder,
         enable_checkpointing=bool(saving),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -166,3 +168,19 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other):
         return []
     return [] if one == other else [where]
+
+
+def resume_differences(folder: Path, **settings: Any) -> list[str]:
+    """Train uninterrupted, and with a crash in the first epoch and a resume: where the two last checkpoints differ.
+
+    The checkpoints hold the weights, the optimizer, the schedule, the loops, all mechanics and the random generators.
+    """
+    fit(make_module(**settings), folder=folder / "whole")
+    try:
+        fit(make_module(**settings), folder=folder / "parts", callbacks=(StopAt(3),))
+    except RuntimeError:
+        pl.seed_everything(99, verbose=False)
+        fit(make_module(**settings), folder=folder / "parts", resume=folder / "parts" / LAST)
+    whole, parts = (load_checkpoint(folder / name / LAST) for name in ("whole", "parts"))
+    assert whole["global_step"] == 8
+    return differences(whole, parts)

@@ -63,7 +63,7 @@ def test_other_architecture(
     save_file(state, path)
     model = trained(1, **options)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"^model\.checkpoint=.*: {difference}; use .*$") as error:
+    with pytest.raises(ValueError, match=rf"^init_from=.*: {difference}; use .*$") as error:
         load_float_checkpoint(model, path)
     assert "\n" not in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -81,7 +81,7 @@ def test_truncated_file(tmp_path: Path, state: dict[str, Tensor], kept: float) -
     save_file(state, path)
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
-    with pytest.raises(ValueError, match=r"^model\.checkpoint=.*cut\.safetensors: truncated or corrupt") as error:
+    with pytest.raises(ValueError, match=r"^init_from=.*cut\.safetensors: truncated or corrupt") as error:
         load_float_checkpoint(trained(1), path)
     assert "\n" not in str(error.value)
 
@@ -95,9 +95,9 @@ def test_corrupt_header(tmp_path: Path) -> None:
 
 def test_other_formats_and_missing_files(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save(state, tmp_path / "float.pt")
-    with pytest.raises(ValueError, match=r"^model\.checkpoint=.*float\.pt: .*use a \.safetensors file$"):
+    with pytest.raises(ValueError, match=r"^init_from=.*float\.pt: .*use a \.safetensors file$"):
         load_float_checkpoint(trained(1), tmp_path / "float.pt")
-    with pytest.raises(ValueError, match=r"^model\.checkpoint=.*: no such file"):
+    with pytest.raises(ValueError, match=r"^init_from=.*: no such file"):
         load_float_checkpoint(trained(1), tmp_path / "absent.safetensors")
 
 

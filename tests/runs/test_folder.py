@@ -44,7 +44,7 @@ def test_existing_says_what_is_expected(tmp_path: Path) -> None:
 
 
 def test_experiment_must_be_a_folder_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="experiment='../x'"):
+    with pytest.raises(ValueError, match="name='../x'"):
         RunFolder.open(tmp_path, "../x", CONFIG)
 
 

@@ -42,7 +42,7 @@ def outcome(root: Path, trainer: pl.Trainer, module: pl.LightningModule) -> dict
     }
 
 
-CASES = [  # trainer options, every_n_steps, hook that interrupts, its call at which each start of the run is interrupted
+CASES = [  # trainer options, every_n_steps, hook that interrupts, its call that interrupts each start of the run
     ({}, None, "on_train_batch_end", [11]),
     ({}, 2, "on_train_batch_start", [5, 4, 6]),
     ({}, 2, "on_validation_batch_end", [3]),
@@ -51,7 +51,7 @@ CASES = [  # trainer options, every_n_steps, hook that interrupts, its call at w
     ({"val_check_interval": 3}, 1, "on_validation_batch_end", [1]),
     ({"val_check_interval": 3}, 1, "on_validation_end", [3]),
     ({"accumulate_grad_batches": 4}, 1, "on_train_batch_start", [8, 2]),
-    ({"accumulate_grad_batches": 2, "val_check_interval": 2}, 1, "on_train_batch_start", [4]),
+    ({"accumulate_grad_batches": 2, "val_check_interval": 4}, 1, "on_train_batch_start", [6]),
     ({"check_val_every_n_epoch": 2}, 1, "on_train_epoch_end", [1]),
 ]
 

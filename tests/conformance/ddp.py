@@ -1,0 +1,53 @@
+"""One process of a two-process fit with every registered mechanic: ``python -m tests.conformance.ddp FOLDER``.
+
+The launcher sets what Lightning reads of the environment. Each rank writes its final state and the decisions that its
+mechanics drew; the one process that the test compares with calls ``train`` itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from research.learning.mechanic import Mechanic
+from research.learning.module import QuantModule
+from tests.conformance.registry import MECHANICS
+from tests.learning.tiny import LSQ, fit, make_module, tiny_net
+
+MODEL = tiny_net(batchnorm=False)
+RECIPE = {"weight": LSQ["weight"]}  # the step of an LSQ input counts the process's own batch
+
+
+class Drawing(Mechanic):
+    """Keeps a number per step in a weight-shaped buffer, as a mechanic with decisions would."""
+
+    slug = "drawing"
+
+    def attach(self, module: QuantModule) -> None:
+        state = torch.nn.Module()
+        state.register_buffer("drawn", torch.zeros(8))
+        module.mechanics[self.slug] = state
+
+    def after_step(self, module: QuantModule) -> None:
+        step = module.progress.step
+        module.mechanics[self.slug].drawn[step - 1] = torch.rand((), generator=self.rng(step))  # type: ignore[index, operator]
+
+
+def train(name: str, checkpoint: Path, **trainer: Any) -> dict[str, Tensor]:
+    """Parameters and buffers after a short fit with the case ``name``, and with a mechanic that draws decisions."""
+    mechanics = {**MECHANICS[name].mechanics, "drawing": {"_target_": "tests.conformance.ddp.Drawing"}}
+    module = make_module(mechanics, model=MODEL, quantizer=RECIPE, checkpoint=checkpoint)
+    fit(module, max_epochs=1, limit_val_batches=0, **trainer)
+    return {name: tensor for name, tensor in module.state_dict().items() if "train_" not in name and "val_" not in name}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
+    for case in MECHANICS:
+        torch.save(train(case, folder / "float.safetensors", devices=2, strategy="ddp"), folder / f"{case}.{rank}.pt")
