@@ -11,7 +11,6 @@ from research.data import ImageDataModule
 from research.runs.records import read_config
 from research.targets import resolve_target
 
-
 FINAL = "final.safetensors"
 
 
@@ -55,7 +54,7 @@ def build_data(config: dict[str, Any], trusted: bool = True) -> ImageDataModule:
 
 
 def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | None:
-    """The float weights that ``init_from`` names: a file, a run folder, or an experiment's folder with one finished run.
+    """The float weights that ``init_from`` names: a file, a run folder, or an experiment's folder with one run in it.
 
     It is looked for as given, below ``paths.checkpoints`` and below ``paths.runs``.
 
@@ -75,5 +74,7 @@ def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | N
         if finals:
             return finals[0]
     places = ", ".join(str(candidate) for candidate in candidates)
-    raise ValueError(f"init_from={init_from}: no .safetensors file and no finished run at {places}; "
-        "give a file, a run folder, or paths.checkpoints (FLATBIT_CHECKPOINTS)")
+    raise ValueError(
+        f"init_from={init_from}: no .safetensors file and no finished run at {places}; "
+        "give a file, a run folder, or paths.checkpoints (FLATBIT_CHECKPOINTS)"
+    )

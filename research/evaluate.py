@@ -34,10 +34,11 @@ def evaluate(folder: RunFolder, paths: dict[str, str], onnx: bool = False) -> li
     config = {**read_config(folder.config_path), "paths": paths}
     data = build_data(config, trusted=False)
     task = resolve_target(config["task"], key="task")
+    places = artifact_places(folder)
     recorded = {row["name"]: row["accuracy"] for row in read_summary(folder.summary_path)["deployments"]}
     batches = test_batches(data)
     rows = []
-    for name, place in artifact_places(folder).items():
+    for name, place in places.items():
         net = load_artifact(place)
         row = {"name": name, **measure(net, task, batches), "recorded_accuracy": recorded[name]}
         if onnx:

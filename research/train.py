@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from research.cli import command
@@ -84,7 +85,8 @@ def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None
     """Train, or go on where an interrupted run of this configuration stopped, then seal the run folder."""
     started = time.monotonic()
     torch.compiler.reset()  # the jobs of a multirun share this process: no job counts another's graphs
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over each tensor
+    # a debugging aid of deterministic mode that costs a pass over every new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     pl.seed_everything(config["seed"], verbose=False)
     data, module = build_data(config), build_module(config)
     data.setup()
@@ -99,9 +101,9 @@ def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None
     record = RunLogger(folder)
     settings = config["logger"]["wandb"]
     wandb = wandb_logger(folder, recorded(config), settings["mode"], settings["project"], settings["dir"])
+    step = 0 if resume is None else load_checkpoint(resume)["global_step"]
+    record.truncate_after(step - 1)  # what a killed run logged behind its last checkpoint
     if resume is not None:
-        step = load_checkpoint(resume)["global_step"]
-        record.truncate_after(step - 1)
         log.info("resuming from %s (step %d)", resume.name, step)
     trainer = build_trainer(config, folder, [record] if wandb is None else [record, wandb])
     try:
@@ -113,8 +115,8 @@ def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None
 
 
 @command("train")
-def main(cfg: DictConfig) -> float:
-    """Entry point; returns the first deployment's test accuracy, for searches."""
+def main(cfg: DictConfig) -> float | None:
+    """Entry point; returns the first deployment's test accuracy, for searches (None on all ranks but the first)."""
     from hydra.core.hydra_config import HydraConfig
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # tips and device lists
@@ -122,11 +124,15 @@ def main(cfg: DictConfig) -> float:
     config = plain(cfg)
     check_training(config)
     folder = RunFolder.open(Path(config["paths"]["runs"]), config["name"], config)
+    overrides = list(HydraConfig.get().overrides.task)
+    if rank_zero_only.rank != 0:  # started by the first rank, which holds the folder
+        run(config, folder, overrides)
+        return None
     with folder.lock():
         if folder.finished:
             log.info("already done: %s", folder.path)
         else:
-            run(config, folder, list(HydraConfig.get().overrides.task))
+            run(config, folder, overrides)
     return float(read_summary(folder.summary_path)["deployments"][0]["accuracy"])
 
 

@@ -41,7 +41,8 @@ def layer_values(row: Row, layer: str, images: Tensor) -> dict[str, dict[str, An
         images: network inputs (N, C, H, W).
 
     Returns:
-        By slot: ``values`` (1-D, in units of the scale), ``levels`` (codes), ``share`` (fraction at each level), ``bits``.
+        By slot: ``values`` (1-D, in units of the scale), ``levels`` (codes), ``share`` (fraction at each level) and
+        ``bits``.
 
     Raises:
         ValueError: no such layer, or one without quantizers.
@@ -86,10 +87,11 @@ def draw(rows: list[Row], found: list[dict[str, dict[str, Any]]], layer: str, ou
             for line, slot in enumerate(SLOTS):
                 axis, data = axes[line][column], slots[slot]
                 low, high = data["levels"][0] - 1.5, data["levels"][-1] + 1.5
-                density, edges = np.histogram(np.clip(data["values"], low, high), bins=120, range=(low, high), density=True)
+                values = np.clip(data["values"], low, high)
+                density, edges = np.histogram(values, bins=120, range=(low, high), density=True)
                 axis.stairs(density, edges, fill=True, color="0.75", label="before quantization")
-                axis.vlines(data["levels"], 0, density.max(), color="0.2", linewidth=0.6, linestyle="--")
-                axis.plot(data["levels"], data["share"], "o", color="black", markersize=3.5, label="share of each level")
+                axis.vlines(data["levels"], 0, density.max(), color="0.2", lw=0.6, ls="--")
+                axis.plot(data["levels"], data["share"], "ok", markersize=3.5, label="share of each level")
                 axis.set_xlabel(f"{slot} / scale (codes)")
                 axis.set_ylabel("density, share")
                 axis.set_ylim(0, 1.05 * min(density.max(), 4 * max(data["share"].max(), 1e-3)))

@@ -37,8 +37,8 @@ def check_composition(mechanics: Sequence[Mechanic], precision: str, compiled: b
             raise ValueError(f"callbacks.{mechanic.slug} claims {unknown[0]!r}: use one of {', '.join(CLAIMS)}")
         if precision not in mechanic.precisions:
             raise ValueError(
-                f"trainer.precision={precision}: callbacks.{mechanic.slug} works in {' or '.join(mechanic.precisions)}; "
-                f"use trainer.precision={mechanic.precisions[0]}"
+                f"trainer.precision={precision}: callbacks.{mechanic.slug} works in "
+                f"{' or '.join(mechanic.precisions)}; use trainer.precision={mechanic.precisions[0]}"
             )
         if compiled and mechanic.needs_double_backward:
             raise ValueError(
@@ -56,9 +56,7 @@ def check_composition(mechanics: Sequence[Mechanic], precision: str, compiled: b
             )
 
 
-def compose_objective(
-    evaluate: Callable[[Any, State | None], Evaluation], mechanics: Sequence[Mechanic]
-) -> Objective:
+def compose_objective(evaluate: Callable[[Any, State | None], Evaluation], mechanics: Sequence[Mechanic]) -> Objective:
     """The objective of a fit: the task's evaluation, all loss terms, then every ``wrap_objective`` from inner to outer.
 
     Args:

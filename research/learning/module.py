@@ -170,6 +170,8 @@ class QuantModule(pl.LightningModule):
         """The (composite) optimizer and its per-step schedule."""
         optimizer = build_optimizer(self.net, self.hparams["optimizer"] or {}, self.active, self)
         total = self.trainer.estimated_stepping_batches
+        # that made the loaders, before a resume's position in the epoch is known: let Lightning make them again
+        self.trainer.fit_loop._combined_loader = None
         if math.isinf(total):
             raise ValueError("trainer.max_epochs=-1: schedules need the length of the run; use e.g. max_epochs=100")
         self.progress.total = int(total)
@@ -195,8 +197,11 @@ class QuantModule(pl.LightningModule):
     # -- training ----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Restore the generators of a resumed run."""
-        if self._restored_rng is not None:
+        """Restore the generators of a resumed run; a fresh one gives every rank its own noise."""
+        if self._restored_rng is None:
+            if self.global_rank > 0:
+                torch.manual_seed(self.hparams["seed"] + self.global_rank)
+        else:
             set_rng_state(self._restored_rng[self.global_rank])
             self._restored_rng = None
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from research.learning.module import QuantModule
 from research.quant.batchnorm import fold_pairs
-from research.quant.batchnorm import fold_pairs
 from research.quant.calibrate import calibrate
 from research.quant.layers import quantizers
 from research.quant.widths import SwitchableBatchNorm2d

@@ -40,17 +40,13 @@ def load_float_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(
-            f"init_from={path}: pickled weights can run code and are not read; use a .safetensors file"
-        )
+        raise ValueError(f"init_from={path}: pickled weights can run code and are not read; use a .safetensors file")
     if not path.is_file():
         raise ValueError(f"init_from={path}: no such file; use the path of a .safetensors file")
     try:
         found = {canonical_name(name): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
-        raise ValueError(
-            f"init_from={path}: truncated or corrupt ({error}); use an intact copy of the file"
-        ) from error
+        raise ValueError(f"init_from={path}: truncated or corrupt ({error}); use an intact copy of the file") from error
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name.endswith(COUNTER) and name not in found:

@@ -11,7 +11,19 @@ from torch import nn
 from research.learning.mechanic import Mechanic
 from research.learning.module import QuantModule
 from research.quant.calibrate import calibrate
-from tests.learning.tiny import LAST, FLOAT, LSQ, RESNET, SGD, fit, float_weights, make_data, make_module, state, tiny_net
+from tests.learning.tiny import (
+    FLOAT,
+    LAST,
+    LSQ,
+    RESNET,
+    SGD,
+    fit,
+    float_weights,
+    make_data,
+    make_module,
+    state,
+    tiny_net,
+)
 
 EPOCHS, ACCUMULATE, CLIP = 3, 2, 0.5
 

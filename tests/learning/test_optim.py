@@ -124,7 +124,7 @@ def test_the_clip_of_pact_is_decayed_and_the_step_of_lsq_is_not() -> None:
 def test_frozen_parameters_are_left_out_and_empty_groups_too() -> None:
     module = make_module(quantizer={})
     module.net.conv1.weight.requires_grad_(False)
-    for name, parameter in module.net.named_parameters():
+    for parameter in module.net.parameters():
         if parameter.ndim == 1:
             parameter.requires_grad_(False)
     groups = default_groups(module.net, SGD_CONFIG)

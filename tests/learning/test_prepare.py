@@ -25,7 +25,9 @@ class Preparing(Mechanic):
 
     def prepare(self, module: Any, loader: Any) -> None:
         calibrated = all(bool(quantizer.initialised) for _, quantizer in quantizers(module.net))
-        self.found.append((calibrated, sum(len(labels) for _, labels in loader), float(module.net.fc.weight.detach().sum())))
+        self.found.append(
+            (calibrated, sum(len(labels) for _, labels in loader), float(module.net.fc.weight.detach().sum()))
+        )
 
 
 MECHANIC = {"preparing": {"_target_": "tests.learning.test_prepare.Preparing"}}

@@ -2,6 +2,7 @@ import json
 import os
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger, finish_wandb, wandb_logger
 from research.runs.records import Metric, read_metrics
 
+HEADER_BYTES = 7  # of an offline W&B file
 ROWS = [(0, {"train/loss": 0.1 + 0.2, "epoch": 0}), (3, {"val/accuracy": 2 / 3, "val/loss": 1e-17, "epoch": 1})]
 
 
@@ -43,14 +45,17 @@ def test_wandb_offline_has_the_same_numbers(folder: RunFolder) -> None:
     finish_wandb(loggers[1])
     assert os.environ.get("WANDB_MODE") == mode
     (database,) = folder.wandb.glob(f"offline-run-*-{folder.hash}/run-{folder.hash}.wandb")
+    deadline = time.monotonic() + 20  # W&B's own process writes the file, shortly after finish
+    while database.stat().st_size <= HEADER_BYTES and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert wandb_metrics(database) == read_metrics(folder.metrics_path)
 
 
 def wandb_metrics(database: Path) -> list[Metric]:
-    """The history of an offline run: a 7 byte header, then protobuf records, each behind checksum, length and type."""
+    """The history of an offline run: a header, then protobuf records, each behind checksum, length and type."""
     from wandb.proto import wandb_internal_pb2
 
-    data, position = database.read_bytes(), 7
+    data, position = database.read_bytes(), HEADER_BYTES
     metrics = []
     while position < len(data):
         _, length, kind = struct.unpack_from("<IHB", data, position)

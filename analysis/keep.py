@@ -1,0 +1,46 @@
+"""Keep the records of finished runs: ``python -m analysis.keep runs=GLOB [output=docs/results/records]``.
+
+Copies what is small and says everything (configuration, environment, metrics, summary, table), no weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from analysis.cli import REQUIRED, script
+from analysis.collect import collect
+from research.runs.files import atomic_write_bytes
+from research.runs.folder import RunFolder
+
+RECORDS = "docs/results/records"
+
+
+def keep(folder: RunFolder, output: Path) -> Path:
+    """Copy the record of a finished run to ``output/<experiment>/<hash>``; the new folder."""
+    place = output / folder.experiment / folder.hash
+    place.mkdir(parents=True, exist_ok=True)
+    for path in (
+        folder.config_path,
+        folder.overrides_path,
+        folder.environment_path,
+        folder.metrics_path,
+        folder.table_path,
+        folder.summary_path,
+    ):
+        atomic_write_bytes(place / path.name, path.read_bytes())
+    return place
+
+
+def main(runs: str, output: str) -> None:
+    """Keep every finished run that matches.
+
+    Args:
+        runs: glob over run folders.
+        output: folder of the records.
+    """
+    for path in dict.fromkeys(row["path"] for row in collect(runs)):
+        print(keep(RunFolder.existing(path), Path(output)))
+
+
+if __name__ == "__main__":
+    script(main, {"runs": REQUIRED, "output": RECORDS})
