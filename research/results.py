@@ -90,7 +90,7 @@ def hardware(environment: Mapping[str, Any], device: str) -> str:
 
 def test_batches(data: ImageDataModule) -> list[Any]:
     """The whole test set as batches on the CPU, where deployed networks are measured."""
-    return [(images.cpu(), labels.cpu()) for images, labels in data.test_dataloader()]
+    return list(data.test_dataloader())
 
 
 def deploy(

@@ -107,7 +107,10 @@ def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None
         log.info("resuming from %s (step %d)", resume.name, step)
     trainer = build_trainer(config, folder, [record] if wandb is None else [record, wandb])
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume)
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # the rest is the first rank's alone ...
+        data.trainer = None  # ... which tests the whole test set, on the CPU
         if trainer.is_global_zero:
             seal(config, folder, module, data, trainer, seconds=time.monotonic() - started)
     finally:
@@ -125,7 +128,7 @@ def main(cfg: DictConfig) -> float | None:
     check_training(config)
     folder = RunFolder.open(Path(config["paths"]["runs"]), config["name"], config)
     overrides = list(HydraConfig.get().overrides.task)
-    if rank_zero_only.rank != 0:  # started by the first rank, which holds the folder
+    if getattr(rank_zero_only, "rank", 0) != 0:  # started by the first rank, which holds the folder
         run(config, folder, overrides)
         return None
     with folder.lock():

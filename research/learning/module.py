@@ -229,7 +229,7 @@ class QuantModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log and clear the epoch's training loss and metrics."""
         values = {"train/loss": self.train_loss.compute(), **self.train_metrics.compute()}
-        self.log_dict(values, on_step=False, on_epoch=True)
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
         self.train_loss.reset()
         self.train_metrics.reset()
 
@@ -243,7 +243,7 @@ class QuantModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log and clear the validation loss and metrics."""
         values = {"val/loss": self.val_loss.compute(), **self.val_metrics.compute()}
-        self.log_dict(values, prog_bar=True)
+        self.log_dict(values, prog_bar=True, sync_dist=True)
         self.val_loss.reset()
         self.val_metrics.reset()
 

@@ -7,9 +7,9 @@ contents, so a file verifies itself: truncation loses the table, a flipped bit b
 import io
 import logging
 import math
-import pickle
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -47,7 +47,7 @@ def load_checkpoint(path: Path | str, map_location: Any = "cpu") -> dict[str, An
         raise ValueError(f"checkpoint {path} is {problem}; use {PREVIOUS} or {BEST} beside it, or train again")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (UnpicklingError, RuntimeError) as error:
         raise ValueError(
             f"checkpoint {path} is refused: it is not a torch archive of plain containers and tensors"
         ) from error
@@ -91,7 +91,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         buffer.seek(0)
         try:
             torch.load(buffer, map_location="cpu", weights_only=True, mmap=False)
-        except pickle.UnpicklingError as error:
+        except UnpicklingError as error:
             raise ValueError(
                 f"{path.name}: the state to save holds objects that a checkpoint may not; "
                 f"use plain containers and tensors in state_dict() and hyper-parameters ({_named_object(error)})"
@@ -110,7 +110,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def _named_object(error: pickle.UnpicklingError) -> str:
+def _named_object(error: UnpicklingError) -> str:
     """The sentence of torch's long message that names the refused object."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])
