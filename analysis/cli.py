@@ -29,6 +29,8 @@ def script(main: Callable[..., None], defaults: Mapping[str, Any]) -> None:
         if missing:
             raise ValueError(f"{missing[0]}= is missing: give {', '.join(f'{key}=...' for key in missing)}")
         main(**arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from research.runs.folder import RunFolder
-from research.runs.records import read_config, read_summary
+from research.runs.records import read_config, read_metrics, read_summary
 
 Row = dict[str, Any]
 
@@ -20,7 +20,7 @@ def collect(pattern: str) -> list[Row]:
 
     Returns:
         Per deployment: ``experiment``, ``hash``, ``seed``, ``path``, the summary's top-level fields, the deployment's
-        own fields and the run's ``config``.
+        own fields, ``val_accuracy`` (the last one logged, None without validation) and the run's ``config``.
 
     Raises:
         ValueError: no finished run matches.
@@ -33,7 +33,14 @@ def collect(pattern: str) -> list[Row]:
         summary = read_summary(folder.summary_path)
         deployments = summary.pop("deployments")
         config = read_config(folder.config_path)
-        rows += [{**summary, **deployment, "path": Path(path), "config": config} for deployment in deployments]
+        run = {**summary, "path": Path(path), "config": config, "val_accuracy": _last(folder, "val/accuracy")}
+        rows += [{**run, **deployment} for deployment in deployments]
     if not rows:
         raise ValueError(f"runs={pattern}: no finished run there; give a glob over run folders such as 'runs/*/*'")
     return rows
+
+
+def _last(folder: RunFolder, name: str) -> float | None:
+    """The last logged value of a metric."""
+    values = [row.value for row in read_metrics(folder.metrics_path) if row.name == name]
+    return values[-1] if values else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from research.cli import command
 from research.config import build_data
@@ -51,9 +51,7 @@ def evaluate(folder: RunFolder, paths: dict[str, str], onnx: bool = False) -> li
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     folder = RunFolder.existing(cfg.run)
-    paths = OmegaConf.to_container(cfg.paths, resolve=True)
-    assert isinstance(paths, dict)
-    for row in evaluate(folder, {str(key): str(value) for key, value in paths.items()}, cfg.onnx):
+    for row in evaluate(folder, {str(key): str(place) for key, place in cfg.paths.items()}, cfg.onnx):
         for key, value in row.items():
             log.info("%-24s %s", key, value)
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from research.cli import command
 from research.config import build_data
@@ -47,10 +47,8 @@ def export(folder: RunFolder, paths: dict[str, str], output: Path | None = None)
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     folder = RunFolder.existing(cfg.run)
-    paths = OmegaConf.to_container(cfg.paths, resolve=True)
-    assert isinstance(paths, dict)
     output = None if cfg.output is None else Path(cfg.output)
-    for row in export(folder, {str(key): str(value) for key, value in paths.items()}, output):
+    for row in export(folder, {str(key): str(place) for key, place in cfg.paths.items()}, output):
         for key, value in row.items():
             log.info("%-24s %s", key, value)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from torch import nn
 
 from research.data import ImageDataModule
@@ -32,7 +33,6 @@ def seal(
     module: QuantModule,
     data: ImageDataModule,
     trainer: pl.Trainer,
-    seconds: float,
 ) -> None:
     """Finalise the trained module, test it and its deployed form, and write ``summary.json``.
 
@@ -41,8 +41,7 @@ def seal(
         folder: the run folder.
         module: the trained host.
         data: its data module; the test set is used here, once.
-        trainer: the Trainer that trained it.
-        seconds: wall-clock seconds of the training.
+        trainer: the Trainer that trained it, with a ``Timer``.
     """
     if config["finalise"]["weights"] == "best":
         module.load_state_dict(load_checkpoint(folder.checkpoints / "best.ckpt")["state_dict"])
@@ -64,7 +63,9 @@ def seal(
         row |= deploy(net, config, place, data, tests, meta, config["deploy"]["onnx"])
         rows.append(row)
         save_weights(net, folder.final if name == SINGLE else folder.path / f"final-{name}.safetensors")
-        log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in row.items() if key in SHOWN))
+        shown = [f"{key} {row[key]:.4g}" for key in SHOWN if row.get(key) is not None]
+        log.info("%s: %s", name, ", ".join(shown))
+    (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     extra = {
         "model": config["model"]["_target_"].rpartition(".")[2],
         "data": config["data"]["name"],
@@ -72,13 +73,13 @@ def seal(
         "mechanics": sorted(config["callbacks"]),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(timer.time_elapsed(), 1),
         "hardware": hardware(snapshot(), trainer.strategy.root_device.type),
     }
     write_summary(folder, config["seed"], rows, extra)
 
 
-SHOWN = ("accuracy", "float_accuracy", "deployed_accuracy", "argmax_agreement", "size_kib", "gbops")
+SHOWN = ("accuracy", "float_accuracy", "deployed_accuracy", "argmax_agreement", "size_kib", "compression")
 
 
 def hardware(environment: Mapping[str, Any], device: str) -> str:

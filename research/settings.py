@@ -17,6 +17,9 @@ from research.targets import find_target
 TRAINER_OWN = ("callbacks", "logger", "plugins", "default_root_dir", "enable_model_summary", "num_sanity_val_steps")
 """Arguments of the Trainer that no config sets."""
 
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+"""Lightning's names of the precisions."""
+
 Section = dict[str, Any]
 
 
@@ -109,10 +112,10 @@ def check_training(config: Mapping[str, Any]) -> None:
             raise ValueError(f"callbacks.{slug}={settings!r}: use the settings of a mechanic, with its _target_")
     _check_trainer(config["trainer"])
     _check_optimizer(config["optimizer"])
-    monitor = config["checkpoint"]["monitor"]
+    monitor = config["checkpoint"].get("monitor")
     if config["finalise"]["weights"] == "best" and monitor is None:
         raise ValueError("finalise.weights=best needs checkpoint.monitor; add checkpoint.monitor=val/accuracy")
-    if monitor is not None and not config["data"]["validation"]:
+    if monitor is not None and not config["data"].get("validation"):
         raise ValueError(f"checkpoint.monitor={monitor}: data.validation=0 holds nothing out; use data.validation=1000")
 
 
@@ -120,13 +123,15 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     for name in TRAINER_OWN:
         if name in trainer:
             raise ValueError(f"trainer.{name} cannot be set: training sets it itself; leave it out")
-    given = {name: value for name, value in trainer.items() if name != "precision"}  # checked where it is translated
+    given = {name: value for name, value in trainer.items() if name != "precision"}
+    if str(trainer.get("precision")) not in PRECISIONS:
+        raise ValueError(f"trainer.precision={trainer.get('precision')}: use {' or '.join(PRECISIONS)}")
     check_arguments(pl.Trainer, given, key="trainer", name="trainer")
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     options = {name: value for name, value in optimizer.items() if name not in ("_target_", "norm", "quantizer")}
-    target = find_target(optimizer["_target_"], trusted=True, key="optimizer")
+    target = find_target(optimizer.get("_target_", ""), trusted=True, key="optimizer")
     check_arguments(target, options, [], key="optimizer", name=optimizer["_target_"])
     for group in ("norm", "quantizer"):
         changes = dict(optimizer.get(group) or {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from research.cli import command
 from research.config import build_data, initial_checkpoint, plain, recorded
+from research.data import ImageDataModule
+from research.learning.epoch_line import EpochLine
 from research.learning.guard import NonFiniteGuard
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
@@ -27,10 +29,9 @@ from research.runs.environment import snapshot
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger, finish_wandb, wandb_logger
 from research.runs.records import read_summary, write_config, write_json
-from research.settings import check_training
+from research.settings import PRECISIONS, check_training
 
 log = logging.getLogger(__name__)
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
 def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
@@ -53,23 +54,38 @@ def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
     return module
 
 
+def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
+    """Data and host of a plain config; what is wrong with it shows here, before anything is written."""
+    torch.compiler.reset()  # the jobs of a multirun share this process: no job counts another's graphs
+    # a debugging aid of deterministic mode that costs a pass over every new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    pl.seed_everything(config["seed"], verbose=False)
+    data, module = build_data(config), build_module(config)
+    data.setup()
+    calibration = config["calibration"]
+    data.check_calibration("calibration.batches", calibration["batches"], calibration["batch_size"])
+    if count := config["finalise"]["batchnorm_batches"]:
+        data.check_calibration("finalise.batchnorm_batches", count, data.batch_size)
+    return data, module
+
+
 def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any]) -> pl.Trainer:
     """The Trainer of a plain config."""
     settings = dict(config["trainer"])
-    precision = str(settings.pop("precision"))
-    if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision={precision}: use {' or '.join(PRECISIONS)}")
-    settings["enable_progress_bar"] = settings["enable_progress_bar"] and sys.stdout.isatty()
-    checkpoint = config["checkpoint"]
-    callbacks = [
+    precision = PRECISIONS[str(settings.pop("precision"))]
+    settings["enable_progress_bar"] = settings.get("enable_progress_bar", True) and sys.stdout.isatty()
+    callbacks: list[Callback] = [
         Preparation(**config["calibration"]),
         NonFiniteGuard(),
-        RunCheckpoint(folder.checkpoints, checkpoint["every_n_steps"], checkpoint["monitor"], checkpoint["mode"]),
+        RunCheckpoint(folder.checkpoints, **config["checkpoint"]),
     ]
+    if not settings["enable_progress_bar"]:
+        callbacks.append(EpochLine())
     try:
+        callbacks.append(Timer(settings.pop("max_time", None)))  # counts the seconds of all starts of the run
         return pl.Trainer(
             **settings,
-            precision=PRECISIONS[precision],  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
             callbacks=callbacks,
             logger=loggers,
             plugins=[VerifiedCheckpointIO()],
@@ -81,22 +97,17 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
         raise ValueError(f"trainer: {error}") from error
 
 
-def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None:
-    """Train, or go on where an interrupted run of this configuration stopped, then seal the run folder."""
-    started = time.monotonic()
-    torch.compiler.reset()  # the jobs of a multirun share this process: no job counts another's graphs
-    # a debugging aid of deterministic mode that costs a pass over every new tensor
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    pl.seed_everything(config["seed"], verbose=False)
-    data, module = build_data(config), build_module(config)
-    data.setup()
-    if count := config["finalise"]["batchnorm_batches"]:
-        data.check_calibration("finalise.batchnorm_batches", count, data.batch_size)
+def write_records(config: dict[str, Any], folder: RunFolder, overrides: list[str], module: QuantModule) -> None:
+    """Say what is being trained, on the screen and in the run folder."""
     log.info("run folder %s\n%s", folder.path, module.describe())
     write_config(folder.config_path, recorded(config))
     write_config(folder.overrides_path, overrides)
     write_config(folder.table_path, table_to_plain(module.table))
     write_json(folder.environment_path, snapshot())
+
+
+def run(config: dict[str, Any], folder: RunFolder, data: ImageDataModule, module: QuantModule) -> None:
+    """Train, or go on where an interrupted run of this configuration stopped, then seal the run folder."""
     resume = load_newest(folder.checkpoints)
     record = RunLogger(folder)
     settings = config["logger"]["wandb"]
@@ -112,9 +123,12 @@ def run(config: dict[str, Any], folder: RunFolder, overrides: list[str]) -> None
             torch.distributed.destroy_process_group()  # the rest is the first rank's alone ...
         data.trainer = None  # ... which tests the whole test set, on the CPU
         if trainer.is_global_zero:
-            seal(config, folder, module, data, trainer, seconds=time.monotonic() - started)
+            seal(config, folder, module, data, trainer)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        log.info("interrupted: the same command goes on from the last checkpoint")
+        raise
     finally:
-        finish_wandb(wandb)
+        finish_wandb(wandb, folder)
 
 
 @command("train")
@@ -126,16 +140,17 @@ def main(cfg: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of a deprecated torch function
     config = plain(cfg)
     check_training(config)
-    folder = RunFolder.open(Path(config["paths"]["runs"]), config["name"], config)
-    overrides = list(HydraConfig.get().overrides.task)
-    if getattr(rank_zero_only, "rank", 0) != 0:  # started by the first rank, which holds the folder
-        run(config, folder, overrides)
-        return None
-    with folder.lock():
-        if folder.finished:
-            log.info("already done: %s", folder.path)
-        else:
-            run(config, folder, overrides)
+    folder = RunFolder.of(Path(config["paths"]["runs"]), config["name"], config)
+    if folder.finished:
+        log.info("already done: %s", folder.path)
+    else:
+        data, module = build(config)
+        if getattr(rank_zero_only, "rank", 0) != 0:  # the first rank holds the folder
+            run(config, folder, data, module)
+            return None
+        with folder.lock():
+            write_records(config, folder, list(HydraConfig.get().overrides.task), module)
+            run(config, folder, data, module)
     return float(read_summary(folder.summary_path)["deployments"][0]["accuracy"])
 
 

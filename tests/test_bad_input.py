@@ -140,6 +140,8 @@ COMPOSITION: dict[str, list[str]] = {
     "name=a/b": ["name='a/b' is not a folder name; use letters"],
     "compile=foo": ["compile=foo: use one of none, network"],
     "trainer.precision=16": ["trainer.precision=16: use 32 or bf16"],
+    "~trainer.precision": ["trainer.precision=None: use 32 or bf16"],
+    "~optimizer._target_": ["optimizer._target_='' is no dotted path; use package.module.Name"],
     "trainer.max_epochs=-3": ["trainer: `max_epochs` must be a non-negative integer or -1"],
     "finalise.weights=best": ["finalise.weights=best needs checkpoint.monitor; add checkpoint.monitor=val/accuracy"],
     "finalise.batchnorm_batches=99": ["finalise.batchnorm_batches=99: ", "use 1..4 batches of 35"],
@@ -162,6 +164,7 @@ def test_a_wrong_override(override: str, tmp_path: Path) -> None:
     line = command(train, *TINY, f"paths.runs={tmp_path}", override).refusal()
     assert all(part in line for part in COMPOSITION[override]), line
     assert not list(tmp_path.glob("**/*.ckpt"))
+    assert all((folder / "config.yaml").is_file() for folder in tmp_path.glob("*/*")), "no empty folder is left"
 
 
 COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
@@ -201,7 +204,7 @@ def test_missing_or_corrupt_data(file: str | None, data: bytes, says: str, tmp_p
         (tmp_path / file).write_bytes(data)
     options = [option for option in TINY if not option.startswith("data")]
     line = command(train, *options, "data=cifar10", f"paths.data={tmp_path}", f"paths.runs={tmp_path}/runs").refusal()
-    assert says in line
+    assert says in line and not (tmp_path / "runs").exists()
 
 
 def float_file(path: Path, how: str) -> Path:

@@ -11,6 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from research.config import build_data, plain
+from research.quant.recipe import table_to_plain
+from research.runs.records import write_config
 from research.settings import check_training
 from research.train import build_module
 
@@ -85,6 +87,16 @@ def test_every_value_of_every_sweep_builds(name: str, job: list[str]) -> None:
 
 def test_every_sweep_is_covered() -> None:
     assert {name for name, _ in SWEEPS} == set(names(ROOT / "sweeps"))
+
+
+def test_the_table_of_one_run_is_the_recipe_of_the_next(tmp_path: Path) -> None:
+    rules = "quantizer.rules=[{match: '@last', weight: {bits: 8}}, {match: 'layer2.*', weight: {bits: 3}}]"
+    first = build_module(composed([rules, "quantizer.bits=2"]))
+    write_config(tmp_path / "table.yaml", table_to_plain(first.table))
+    config = composed([f"quantizer.table={tmp_path}/table.yaml", "quantizer.bits=4"])
+    check_training(config)
+    second = build_module(config)
+    assert second.table == first.table and second.describe() == first.describe()
 
 
 @pytest.mark.parametrize("config_name", ["evaluate", "export"])

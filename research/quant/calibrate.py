@@ -8,7 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from research.quant.layers import quant_layers, quantizers
+from research.quant.layers import QuantLayer, quant_layers, quantizers
+from research.quant.output_scale import OutputScale
 from research.quant.passes import evaluating, passes, rebound
 from research.quant.quantizers import Mode, Quantizer
 
@@ -24,7 +25,8 @@ def calibrate(
     """Initialise every quantizer that is not initialised yet; nothing else of ``net`` moves.
 
     Weight quantizers see the weight itself. The others see what reaches them while the network runs in evaluation
-    mode (batch-norm on its running statistics). Under DDP give every rank the same batches.
+    mode (batch-norm on its running statistics). Last, everything quantizing, an `OutputScale` is set where a quantizer
+    of its layer was. Under DDP give every rank the same batches.
 
     Args:
         net: a converted network with its pretrained weights.
@@ -47,8 +49,19 @@ def calibrate(
         if quantizer in weights:
             quantizer.initialise(weights[quantizer].float_weight())
             del observing[name]
-    if not observing:
-        return list(pending)
+    if observing:
+        _initialise_observed(net, batches, observing, quantize_weights_first, sequential)
+    _initialise_output_scales(net, batches, set(pending.values()))
+    return list(pending)
+
+
+def _initialise_observed(
+    net: nn.Module,
+    batches: Sequence[Tensor],
+    observing: dict[str, Quantizer],
+    quantize_weights_first: bool,
+    sequential: bool,
+) -> None:
     modes: dict[str, Mode] = {
         "weight": "quantize" if quantize_weights_first else "identity",
         "input": "identity",
@@ -57,12 +70,38 @@ def calibrate(
     with evaluating(net), passes(net, mode=modes), ExitStack() as stack:
         if not sequential:
             _observe(net, batches, observing)
-            return list(pending)
+            return
         order = _order_of_use(net, batches, observing)
         for name in [*order, *(name for name in observing if name not in order)]:
             _observe(net, batches, {name: observing[name]})
             stack.enter_context(rebound(observing[name], "mode", "quantize"))
-    return list(pending)
+
+
+def _initialise_output_scales(net: nn.Module, batches: Sequence[Tensor], fresh: set[Quantizer]) -> None:
+    """Set the output scales of the layers with ``fresh`` quantizers, in order of execution, from the first batch."""
+    scaled = [
+        (name, layer)
+        for name, layer in quant_layers(net)
+        if isinstance(layer.output_quantizer, OutputScale) and fresh & {layer.weight_quantizer, layer.input_quantizer}
+    ]
+    if not scaled:
+        return
+    if not batches:
+        raise ValueError(f"{scaled[0][0]}.output_quantizer: calibration: an output scale needs a batch of data")
+    with evaluating(net), passes(net, mode="quantize"), ExitStack() as stack:
+        for _, layer in scaled:
+            stack.callback(layer.register_forward_pre_hook(_keep_magnitude).remove)
+        net(batches[0])
+
+
+def _keep_magnitude(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Set the scale of a layer that is about to run so that its output has the float layer's mean magnitude."""
+    assert isinstance(layer, QuantLayer) and isinstance(layer.output_quantizer, OutputScale)
+    (x,) = inputs
+    quantized = x if layer.input_quantizer is None else layer.input_quantizer(x)
+    layer.output_quantizer.initialise(
+        layer.operate(x, layer.float_weight()), layer.operate(quantized, layer.quantized_weight())
+    )
 
 
 def _observe(net: nn.Module, batches: Sequence[Tensor], observing: dict[str, Quantizer]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from research.quant.conv_bn import fold_into_quant
 from research.quant.layers import SOURCES, QuantLayer, QuantOutput, replace_module
+from research.quant.output_scale import OutputScale
 from research.quant.quantizers import Quantizer, QuantizerSpec, Role, build_quantizer
 from research.quant.recipe import Recipe, Table, make_spec
 from research.quant.widths import PerWidth, SwitchableBatchNorm2d
@@ -67,6 +68,8 @@ def _fill(layer: QuantLayer, specs: Mapping[str, QuantizerSpec | None], recipe: 
         layer.input_quantizer = _make(spec, (), None, "input", recipe)
     if (spec := specs["output"]) is not None:
         layer.output_quantizer = _make(spec, (), None, "output", recipe)
+    elif any(q is not None and q.output_scale for q in (layer.weight_quantizer, layer.input_quantizer)):
+        layer.output_quantizer = OutputScale()
 
 
 def _make(

@@ -17,6 +17,7 @@ zero point is 0; a deployed runtime needs no other arithmetic than for a uniform
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,9 @@ class Grid:
         kind: how codes become values, see the module's table.
         signed: whether codes may be negative.
         narrow: leave out the most negative code of a signed uniform grid (``-2^(b-1)``), so that it is symmetric.
+
+    Raises:
+        ValueError: unknown kind, or a narrow grid without negative codes.
     """
 
     kind: GridKind = "uniform"
@@ -55,14 +59,20 @@ class Grid:
         if self.kind == "midrise":
             return 1 - levels, levels - 1
         if self.kind == "log" and self.signed:
-            half = torch.exp2(bits.float() - 1)
-            return 1 - half, half - 1
+            qmax = torch.clamp(levels / 2 - 1, min=0)
+            return -qmax, qmax
         return torch.zeros_like(levels), levels - 1
 
     def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        """De-quantized values of ``codes``; differentiable in ``scale`` (for a codebook grid: the codebook itself)."""
+        """De-quantized values of ``codes`` (any shape); differentiable in ``scale``, which broadcasts against them.
+
+        For a codebook grid ``scale`` is the codebook: ``(2^b,)``, or, per channel, a scale's shape with ``2^b`` behind,
+        such as ``(C, 1, 1, 1, 2^b)``.
+        """
         if self.kind == "codebook":
-            return scale[codes.long()]
+            *shape, levels = scale.shape
+            starts = levels * torch.arange(math.prod(shape), device=codes.device).reshape(shape)
+            return scale.reshape(-1)[codes.long() + starts]
         codes = codes.to(scale.dtype)
         offset = torch.zeros((), dtype=scale.dtype, device=scale.device) if zero_point is None else zero_point
         if self.kind == "log":
@@ -73,12 +83,12 @@ class Grid:
 def code_limits(bits: Tensor, signed: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor]:
     """Least and greatest code of a uniform grid, as float32 tensors.
 
-    Signed: ``-2^(b-1) .. 2^(b-1) - 1`` (``narrow``: ``-(2^(b-1) - 1)``); unsigned: ``0 .. 2^b - 1`` (Esser et al. 2020,
-    LSQ, section 2). ``signed`` is a boolean tensor, since the sign of an activation is a fact of the data that
-    calibration finds out. ``bits == 0`` gives ``(0, 0)``.
+    Signed: ``-2^(b-1) .. 2^(b-1) - 1`` (``narrow``: from ``-(2^(b-1) - 1)``); unsigned, narrow or not:
+    ``0 .. 2^b - 1`` (Esser et al. 2020, LSQ, section 2). ``signed`` is a boolean tensor, since the sign of an
+    activation is a fact of the data that calibration finds out. ``bits == 0`` gives ``(0, 0)``.
     """
     half = torch.where(signed, torch.floor(torch.exp2(bits.float() - 1)), torch.zeros((), device=bits.device))
     top = torch.where(signed, half, torch.exp2(bits.float())) - 1
     qmax = torch.clamp(top, min=0)
-    qmin = torch.where(bits > 0, -qmax if narrow else -half, torch.zeros_like(half))
+    qmin = torch.where((bits > 0) & signed, -qmax if narrow else -half, torch.zeros_like(half))
     return qmin, qmax

@@ -12,7 +12,11 @@ def output_scale_ratio(output: Tensor, quantized_output: Tensor) -> Tensor:
 
 
 class OutputScale(nn.Module):
-    """``y * |output_scale|``, for the ``output_quantizer`` slot of a layer without bias (it would be scaled too)."""
+    """``y * |output_scale|`` in the ``output_quantizer`` slot of a layer; a bias of the layer is scaled too.
+
+    Conversion gives one to every layer whose quantizers live on a fixed scale, unless the recipe names an output
+    quantizer; `calibrate` initialises it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

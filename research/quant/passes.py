@@ -33,7 +33,7 @@ def passes(
     Args:
         net: a converted network.
         bits: a width for every quantizer, or widths by quantizer name (``layer1.0.conv1.weight_quantizer``); an int or
-            a tensor (scalar or per channel).
+            a tensor (scalar, or per channel in the shape of a per-channel scale, such as ``(C, 1, 1, 1)``).
         mode: a mode for every quantizer, or modes by role (``weight``, ``input``, ``output``).
         batchnorm: ``batch`` (batch statistics), ``running`` (running statistics, which stay as they are), or the key
             of a switchable batch-norm (a width of ``quantizer.widths``).

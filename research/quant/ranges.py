@@ -77,16 +77,6 @@ def percentile_range(x: Tensor, fraction: float = PERCENTILE, channel_axis: int 
     return torch.maximum(low, -clip), torch.minimum(high, clip)
 
 
-def histogram_percentile_range(x: Tensor, fraction: float = PERCENTILE, bins: int = 2048) -> Range:
-    """Per-tensor `percentile_range` from a histogram of ``|x|``: the clip is a bin's centre (MQBench, EMAQuantile)."""
-    low, high = minmax_range(x)
-    top = torch.maximum(-low, high)
-    counts = torch.histc(x.abs().float(), bins=bins, min=0.0, max=float(top))
-    reached = torch.cumsum(counts, 0) >= fraction * x.numel()
-    clip = (torch.argmax(reached.int()) + 0.5) * (top / bins)
-    return torch.maximum(low, -clip), torch.minimum(high, clip)
-
-
 def power_of_two(scale: Tensor) -> Tensor:
     """``2^round(log2 scale)``, half to even on the exponent."""
     return torch.exp2(torch.round(torch.log2(scale)))

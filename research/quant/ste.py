@@ -25,21 +25,6 @@ def round_ste(x: Tensor) -> Tensor:
     return straight_through(torch.round(x), x)
 
 
-def floor_ste(x: Tensor) -> Tensor:
-    """Floor with the identity as its derivative."""
-    return straight_through(torch.floor(x), x)
-
-
-def ceil_ste(x: Tensor) -> Tensor:
-    """Ceiling with the identity as its derivative."""
-    return straight_through(torch.ceil(x), x)
-
-
-def sign_ste(x: Tensor) -> Tensor:
-    """Sign (``+1`` at zero) with the identity as its derivative (DoReFa-Net's binary weights)."""
-    return straight_through(torch.where(x >= 0, 1.0, -1.0).to(x.dtype), x)
-
-
 def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
     """``x`` in the forward pass, its gradient multiplied by ``factor`` (LSQ, section 2.2). Exact in the forward."""
     return straight_through(x, x * factor)

@@ -43,7 +43,7 @@ class PerWidth(Quantizer):
             {str(width): build_quantizer(spec.with_bits(width), shape, channel_axis, role) for width in sorted(widths)}
         )
         self.selected = self.key(spec.bits)
-        self.backward = self.current.backward  # type: ignore[misc]
+        self.backward, self.output_scale = self.current.backward, self.current.output_scale  # type: ignore[misc]
 
     def key(self, width: Any) -> str:
         """The key of ``width``; ValueError if there is none."""

@@ -21,6 +21,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from research.runs.files import atomic_write_bytes
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+WHOLE = False
+"""What `Trainer.save_checkpoint` calls `weights_only`: loops, optimizer and generators are saved as well."""
 _TABLE_END = b"PK\x05\x06"  # starts the 22 bytes that close a zip archive without a comment
 
 log = logging.getLogger(__name__)
@@ -179,7 +181,7 @@ class RunCheckpoint(Checkpoint):
             return
         if self.best_score is None or (score > self.best_score if self.mode == "max" else score < self.best_score):
             self.best_score = score
-            trainer.save_checkpoint(self.folder / BEST)
+            trainer.save_checkpoint(self.folder / BEST, WHOLE)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the epoch's checkpoint."""
@@ -187,7 +189,7 @@ class RunCheckpoint(Checkpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.folder / LAST)
+        trainer.save_checkpoint(self.folder / LAST, WHOLE)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -14,18 +14,18 @@ from typing import Any
 from research.runs.files import writing
 from research.runs.records import read_config, read_summary
 
-NOT_IDENTITY = ("paths", "logger", "hydra", "display", "from_run")
+NOT_IDENTITY = ("paths", "logger")
 """Top-level config keys that say where and how a run is shown, not what it computes."""
 
-DISPLAY_OPTIONS = ("enable_progress_bar", "enable_model_summary")
-"""Keys under `trainer` that are of the same kind."""
+DISPLAY_OPTION = "enable_progress_bar"
+"""The key under `trainer` that is of the same kind."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """First 10 hex digits of the SHA-256 of a resolved plain config's canonical JSON, less what is only display."""
     identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     if isinstance(identity.get("trainer"), Mapping):
-        identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in DISPLAY_OPTIONS}
+        identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k != DISPLAY_OPTION}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
@@ -39,20 +39,15 @@ class RunFolder:
     hash: str
 
     @classmethod
-    def open(cls, root: Path | str, experiment: str, config: Mapping[str, Any]) -> "RunFolder":
-        """The folder of this configuration, made where missing; the same configuration always gives the same folder.
+    def of(cls, root: Path | str, experiment: str, config: Mapping[str, Any]) -> "RunFolder":
+        """The folder of this configuration, which need not exist; the same configuration always gives the same one.
 
-        Raises ValueError, naming `name` or `paths.runs`, for a name that is no folder name or a root that cannot
-        be written.
+        Raises ValueError, naming `name`, where that is no folder name.
         """
         if not re.fullmatch(r"\w[\w.+=-]*", experiment):
             raise ValueError(f"name={experiment!r} is not a folder name; use letters, digits, _ - . + = only")
         digest = config_hash(config)
-        folder = cls(Path(root).absolute() / experiment / digest, experiment, digest)
-        with writing(folder.path):
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            folder._lock_path.touch()
-        return folder
+        return cls(Path(root).absolute() / experiment / digest, experiment, digest)
 
     @classmethod
     def existing(cls, path: Path | str) -> "RunFolder":
@@ -134,10 +129,14 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process; the kernel lets go of it however the process ends.
+        """Hold the folder, made where missing, for this process; the kernel lets go of it however the process ends.
 
-        Raises ValueError, naming the holder's process id, where another process has it.
+        Raises ValueError, naming `paths.runs` where the folder cannot be written, and the holder's process id where
+        another process has it.
         """
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock_path.touch()
         with self._lock_path.open("r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

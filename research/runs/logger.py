@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from research.runs.files import writing
 from research.runs.folder import RunFolder
-from research.runs.records import MetricsRecord
+from research.runs.records import MetricsRecord, read_summary
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -93,7 +93,7 @@ def wandb_logger(
         (save_dir / "wandb").mkdir(parents=True, exist_ok=True)
         probe = save_dir / "wandb" / ".probe"
         probe.write_bytes(b"\0")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank's may have been faster
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -113,7 +113,12 @@ def wandb_logger(
 
 
 @rank_zero_only
-def finish_wandb(logger: "WandbLogger | None") -> None:
-    """End the W&B run, so that the next job of a multirun starts its own."""
-    if logger is not None:
-        logger.experiment.finish()
+def finish_wandb(logger: "WandbLogger | None", folder: RunFolder) -> None:
+    """End the W&B run, with the numbers of a finished run's summary, so that a multirun's next job starts its own."""
+    if logger is None:
+        return
+    if folder.finished:
+        for row in read_summary(folder.summary_path)["deployments"]:
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            logger.experiment.summary.update({f"{row['name']}/{key}": value for key, value in numbers.items()})
+    logger.experiment.finish()

@@ -5,6 +5,8 @@ from torch import nn
 from research.quant.calibrate import calibrate
 from research.quant.convert import convert
 from research.quant.layers import quantizers
+from research.quant.passes import passes
+from research.quant.quantizers import QuantizerSpec, build_quantizer
 from research.quant.ranges import initial_scale
 from research.quant.recipe import Recipe
 
@@ -125,6 +127,34 @@ def test_unused_layer_is_named(sequential):
     convert(net, Recipe(weight=SLOT, input=SLOT), "used", "spare")
     with pytest.raises(ValueError, match="spare.input_quantizer"):
         calibrate(net, [torch.randn(2, 3)], sequential=sequential)
+
+
+def test_observed_sample_favours_no_column():
+    quantizer = build_quantizer(QuantizerSpec(), (), None, "input")
+    columns = torch.arange(32.0).expand(64, 16, 32, 32)
+    quantizer.observe(columns)
+    counts = torch.bincount(quantizer._observed[0][:-2].long(), minlength=32)
+    assert counts.sum() < 2**18 and counts.max() - counts.min() <= 1
+
+
+def test_output_scales_keep_the_magnitude_of_every_layer():
+    ewgs = {"name": "ewgs", "bits": 3}
+    net, batches = converted(weight=ewgs, input=ewgs), images()
+    outputs = []
+    net[0].register_forward_hook(lambda *call: outputs.append(call[2]))
+    calibrate(net, batches)
+    with passes(net.eval(), mode="identity"):
+        expected = nn.functional.conv2d(batches[0], net[0].weight, net[0].bias).abs().mean()
+    net(batches[0])
+    torch.testing.assert_close(outputs[-1].abs().mean(), expected)
+    x = net[:4](batches[0])
+    torch.testing.assert_close(net[4](x).abs().mean(), nn.functional.linear(x, net[4].weight, net[4].bias).abs().mean())
+    assert net[4].output_quantizer.output_scale != 1
+    before = net[4].output_quantizer.output_scale.clone()
+    calibrate(net, [9 * x for x in batches])
+    assert torch.equal(net[4].output_quantizer.output_scale, before)
+    with pytest.raises(ValueError, match="0.output_quantizer.*needs a batch"):
+        calibrate(converted(weight=ewgs, input=None), [])
 
 
 def test_no_batches():

@@ -197,6 +197,7 @@ COMPILED = [
     Case("pact", "input", "tensor"),
     Case("dorefa", "weight", "tensor"),
     Case("ewgs", "weight", "tensor"),
+    Case("ewgs", "input", "tensor"),
 ]
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from research.models import resnet8
 from research.quant.convert import convert
 from research.quant.layers import QuantConv2d, QuantLinear, QuantOutput, quant_layers, quantizers
+from research.quant.output_scale import OutputScale
 from research.quant.quantizers import QuantizerSpec
 from research.quant.quantizers.lsq import LSQ
 from research.quant.recipe import Recipe, format_table, table_to_plain
@@ -38,6 +39,17 @@ def test_every_layer_is_replaced_and_names_stay():
     missing, unexpected = net.load_state_dict(float_net.state_dict(), strict=False)
     assert not unexpected and all("_quantizer." in key for key in missing)
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in float_net.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [{}, {"widths": [2, 4]}])
+def test_values_on_a_fixed_scale_get_an_output_scale(config):
+    ewgs = {"name": "ewgs", "bits": 4}
+    rules = [{"match": "@first", "output": SLOT}, {"match": "@last", "weight": {"bits": 32}, "input": {"bits": 32}}]
+    net, _ = built(weight=ewgs, input=ewgs, rules=rules, **config)
+    layers = dict(quant_layers(net))
+    assert not isinstance(layers.pop("conv1").output_quantizer, OutputScale)
+    assert layers.pop("fc").output_quantizer is None
+    assert all(isinstance(layer.output_quantizer, OutputScale) for layer in layers.values())
 
 
 def test_an_empty_recipe_computes_the_same():
@@ -126,6 +138,8 @@ def test_a_table_of_another_model():
         ({"weight": {"name": "lsq", "bit": 4}}, "quantizer.weight.bit is unknown: use one of name, bits"),
         ({"weight": {**SLOT, "granularity": "row"}}, "granularity='row': use one of tensor, channel"),
         ({"weight": {**SLOT, "signed": "yes"}}, "signed='yes': use true, false or auto"),
+        ({"weight": {**SLOT, "signed": False, "narrow": True}}, "narrow=true: unsigned codes have no negative one"),
+        ({"weight": {**SLOT, "init": "best"}}, "quantizer.weight.init='best': use one of lsq, minmax, mse"),
         ({"weight": {**SLOT, "options": {"speed": 3}}}, "quantizer.weight.options="),
         ({"input": {**SLOT, "granularity": "channel"}}, "quantizer.input.granularity=channel"),
         ({"weight": "lsq"}, "quantizer.weight='lsq': use null or settings"),

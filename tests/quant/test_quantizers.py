@@ -239,6 +239,15 @@ def test_ewgs_initialisation() -> None:
     torch.testing.assert_close(inputs.upper.detach(), 3 * x.relu().std() / math.sqrt(1 - 2 / math.pi))
 
 
+def test_mid_rise_grids_reject_what_they_would_ignore() -> None:
+    for name, fields in (("dorefa", {"narrow": True}), ("pact", {"signed": False}), ("ewgs", {"narrow": True})):
+        with pytest.raises(ValueError, match="use signed=(true|auto), narrow=false"):
+            make(name, 4, "weight", **fields)
+    with pytest.raises(ValueError, match="delta=-0.1"):
+        make("ewgs", 4, options={"delta": -0.1})
+    assert make("ewgs", 4, options={"delta": 0.25}).delta == 0.25
+
+
 def test_ewgs_delta_is_the_mean_over_batches_and_never_negative() -> None:
     trace, std = double(6.0, 12.0), double(0.1, 0.2)
     torch.testing.assert_close(ewgs_delta(trace, 10, std), double(0.5 * (6 / 10 / 0.3 + 12 / 10 / 0.6))[0])
@@ -272,6 +281,23 @@ def test_minmax_asymmetric_represents_zero_and_the_whole_range() -> None:
     assert (quantizer.codes(x).min(), quantizer.codes(x).max()) == (0, 15)
     assert (quantizer(x) - x).abs().max() <= quantizer.scale * 0.75
     assert quantizer(double(0.0)) == 0
+
+
+def test_a_narrow_input_keeps_all_unsigned_codes() -> None:
+    for x, limits in ((double(0.0, 2.0), (0, 15)), (double(-1.0, 2.0), (-7, 7))):
+        quantizer = make("minmax", 4, init="minmax", narrow=True)
+        quantizer.initialise(x)
+        assert quantizer.limits() == limits and quantizer.grid.limits(quantizer.bits) == limits
+        assert quantizer.codes(double(-9.0, 9.0)).tolist() == list(limits)
+
+
+@pytest.mark.parametrize("name", ["dorefa", "pact"])
+def test_without_bits_the_relaxed_value_is_zero_too(name: str) -> None:
+    quantizer = make(name, 0)
+    quantizer.mode = "relax"
+    out, grad = run(quantizer, double(-1.0, 0.5, 99.0))
+    assert out.abs().sum() == 0 and grad.abs().sum() == 0
+    assert all(parameter.grad == 0 for parameter in quantizer.parameters())
 
 
 def test_minmax_power_of_two_scale() -> None:

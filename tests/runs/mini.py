@@ -101,7 +101,7 @@ def train(
     **trainer_options: Any,
 ) -> tuple[pl.Trainer, MiniModule, CountingLoader]:
     """One start of the job: the first one, or a resume. Returns what is left after it ends."""
-    folder = RunFolder.open(root, "mini", {"options": str(trainer_options)})
+    folder = RunFolder.of(root, "mini", {"options": str(trainer_options)})
     logger = RunLogger(folder)
     module, loader = MiniModule(), CountingLoader()
     newest = load_newest(folder.checkpoints)

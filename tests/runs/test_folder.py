@@ -28,9 +28,9 @@ def test_the_hash_is_stable_across_releases() -> None:
 
 
 def test_same_config_same_folder_and_existing_finds_it_even_when_renamed(tmp_path: Path) -> None:
-    folder = RunFolder.open(tmp_path, "lsq_w4a4", CONFIG)
-    assert folder == RunFolder.open(tmp_path, "lsq_w4a4", CONFIG)
-    assert folder.path == tmp_path / "lsq_w4a4" / config_hash(CONFIG) and folder.checkpoints.is_dir()
+    folder = RunFolder.of(tmp_path, "lsq_w4a4", CONFIG)
+    assert folder == RunFolder.of(tmp_path, "lsq_w4a4", CONFIG)
+    assert folder.path == tmp_path / "lsq_w4a4" / config_hash(CONFIG) and not folder.path.exists()
     write_config(folder.config_path, CONFIG)
     assert read_config(folder.config_path) == CONFIG
     assert RunFolder.existing(folder.path) == folder
@@ -45,11 +45,11 @@ def test_existing_says_what_is_expected(tmp_path: Path) -> None:
 
 def test_experiment_must_be_a_folder_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name='../x'"):
-        RunFolder.open(tmp_path, "../x", CONFIG)
+        RunFolder.of(tmp_path, "../x", CONFIG)
 
 
 def test_finished_needs_a_valid_summary_of_this_very_config(tmp_path: Path) -> None:
-    folder = RunFolder.open(tmp_path, "mini", CONFIG)
+    folder = RunFolder.of(tmp_path, "mini", CONFIG)
     assert not folder.finished
     write_summary(folder, 1, [{"name": "last", "accuracy": 0.5}])
     assert folder.finished
@@ -61,8 +61,9 @@ def test_finished_needs_a_valid_summary_of_this_very_config(tmp_path: Path) -> N
 
 def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder should be")
-    with pytest.raises(ValueError, match=r"^paths.runs: cannot write in .*Not a directory.*$"):
-        RunFolder.open(tmp_path / "runs", "mini", CONFIG)
+    folder = RunFolder.of(tmp_path / "runs", "mini", CONFIG)
+    with pytest.raises(ValueError, match=r"^paths.runs: cannot write in .*Not a directory.*$"), folder.lock():
+        pass
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path) -> None:
@@ -79,10 +80,10 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path) -> None:
 
 
 def test_second_process_is_told_who_holds_the_folder_and_a_kill_frees_it(tmp_path: Path) -> None:
-    folder = RunFolder.open(tmp_path, "mini", CONFIG)
+    folder = RunFolder.of(tmp_path, "mini", CONFIG)
     script = (
         "import time; from research.runs.folder import RunFolder\n"
-        f"with RunFolder.open({str(tmp_path)!r}, 'mini', {CONFIG!r}).lock(): print('held', flush=True); time.sleep(60)"
+        f"with RunFolder.of({str(tmp_path)!r}, 'mini', {CONFIG!r}).lock(): print('held', flush=True); time.sleep(60)"
     )
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root) as other:

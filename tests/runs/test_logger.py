@@ -9,7 +9,7 @@ import pytest
 
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger, finish_wandb, wandb_logger
-from research.runs.records import Metric, read_metrics
+from research.runs.records import Metric, read_metrics, write_summary
 
 HEADER_BYTES = 7  # of an offline W&B file
 ROWS = [(0, {"train/loss": 0.1 + 0.2, "epoch": 0}), (3, {"val/accuracy": 2 / 3, "val/loss": 1e-17, "epoch": 1})]
@@ -17,7 +17,7 @@ ROWS = [(0, {"train/loss": 0.1 + 0.2, "epoch": 0}), (3, {"val/accuracy": 2 / 3, 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder.open(tmp_path, "mini", {"seed": 1})
+    return RunFolder.of(tmp_path, "mini", {"seed": 1})
 
 
 def test_metrics_and_epoch_reach_the_record(folder: RunFolder) -> None:
@@ -42,21 +42,24 @@ def test_wandb_offline_has_the_same_numbers(folder: RunFolder) -> None:
     for step, metrics in ROWS:
         for logger in loggers:
             logger.log_metrics(metrics, step)
-    finish_wandb(loggers[1])
+    write_summary(folder, 1, [{"name": "final", "accuracy": 0.75, "parity": {"count": 8}}])
+    finish_wandb(loggers[1], folder)
     assert os.environ.get("WANDB_MODE") == mode
     (database,) = folder.wandb.glob(f"offline-run-*-{folder.hash}/run-{folder.hash}.wandb")
     deadline = time.monotonic() + 20  # W&B's own process writes the file, shortly after finish
     while database.stat().st_size <= HEADER_BYTES and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert wandb_metrics(database) == read_metrics(folder.metrics_path)
+    metrics, summary = wandb_numbers(database)
+    assert metrics == read_metrics(folder.metrics_path)
+    assert summary["final/accuracy"] == 0.75
 
 
-def wandb_metrics(database: Path) -> list[Metric]:
-    """The history of an offline run: a header, then protobuf records, each behind checksum, length and type."""
+def wandb_numbers(database: Path) -> tuple[list[Metric], dict[str, float]]:
+    """History and summary of an offline run: a header, then protobuf records behind checksum, length and type."""
     from wandb.proto import wandb_internal_pb2
 
     data, position = database.read_bytes(), HEADER_BYTES
-    metrics = []
+    metrics, summary = [], {}
     while position < len(data):
         _, length, kind = struct.unpack_from("<IHB", data, position)
         assert kind == 1, "a record that is split over blocks: log less in this test"
@@ -68,7 +71,8 @@ def wandb_metrics(database: Path) -> list[Metric]:
         if own:
             step, epoch = own.pop("trainer/global_step"), own.pop("epoch")
             metrics += [Metric(step, epoch, name, value) for name, value in own.items()]
-    return metrics
+        summary |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.summary.update}
+    return metrics, summary
 
 
 def test_wandb_refusals_name_their_key(folder: RunFolder, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_summary_has_identity_deployments_and_extra_fields(tmp_path: Path) -> None:
-    folder = RunFolder.open(tmp_path, "mini", {"seed": 3})
+    folder = RunFolder.of(tmp_path, "mini", {"seed": 3})
     rows = [{"name": "last", "accuracy": 0.25}, {"name": "w2", "accuracy": 0.125}]
     write_summary(folder, 3, rows, {"epochs": 2})
     identity = {"schema": 1, "experiment": "mini", "hash": folder.hash, "seed": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from research.quant.grid import Grid, code_limits
+from research.quant.ranges import METHODS
 from research.quant.ste import round_ste
 
 Mode = Literal["quantize", "relax", "identity", "observe"]
@@ -28,10 +30,14 @@ class QuantizerSpec:
         name: registered name (``lsq``, ``minmax`` ...) or dotted path of a Quantizer class.
         bits: width of the codes, 0 to 8 (32 means no quantizer at all and is handled by the recipe).
         signed: ``True``, ``False`` or ``"auto"``: signed weights; inputs as calibration finds them.
-        narrow: leave out the most negative code.
+        narrow: leave out the most negative code where codes are signed.
         granularity: ``tensor`` or ``channel`` (one scale per output channel; weights only).
-        init: how the range is initialised from data: ``lsq``, ``minmax``, ``mse``, ``percentile``.
+        init: how the range is initialised from data: ``lsq``, ``minmax``, ``mse``, ``percentile``, ``three_sigma``;
+            quantizers with an initialisation of their own (DoReFa, PACT, EWGS) do not look at it.
         options: arguments of the quantizer itself.
+
+    Raises:
+        ValueError: a value that no quantizer takes.
     """
 
     name: str = "lsq"
@@ -49,6 +55,10 @@ class QuantizerSpec:
             raise ValueError(f"granularity={self.granularity!r}: use one of {', '.join(GRANULARITIES)}")
         if self.signed not in (True, False, "auto"):
             raise ValueError(f"signed={self.signed!r}: use true, false or auto")
+        if self.narrow and self.signed is False:
+            raise ValueError("narrow=true: unsigned codes have no negative one to leave out, use signed=true or auto")
+        if self.init not in METHODS:
+            raise ValueError(f"init={self.init!r}: use one of {', '.join(METHODS)}")
 
     def with_bits(self, bits: int) -> QuantizerSpec:
         """The same specification at another width."""
@@ -73,12 +83,15 @@ class Quantizer(nn.Module):
         initialised: boolean buffer, True once the range has been set from data (or restored).
         backward: ``surrogate`` if every derivative is that of a differentiable surrogate (so a Hessian exists),
             ``gradient_dependent`` if the rule depends on the upstream gradient.
+        output_scale: the values live on a fixed scale, so that the layer gets a trainable `OutputScale`.
+        channelwise: per-channel granularity is defined.
         owns_weight: the quantizer holds the parameters of the weight itself; the layer freezes its own.
         parameter_options: optimizer options of own parameters by name, e.g. ``{"scale": {"weight_decay": 0.0}}``.
         min_bits: least width for which the quantizer is defined, by role.
     """
 
     backward: ClassVar[Literal["surrogate", "gradient_dependent"]] = "surrogate"
+    output_scale: ClassVar[bool] = False
     owns_weight: ClassVar[bool] = False
     parameter_options: ClassVar[dict[str, dict[str, float]]] = {}
     min_bits: ClassVar[dict[str, int]] = {"weight": 1, "input": 1, "output": 1}
@@ -118,7 +131,8 @@ class Quantizer(nn.Module):
     @property
     def grid(self) -> Grid:
         """The grid of the codes."""
-        return Grid("uniform", bool(self.signed), self.spec.narrow)
+        signed = bool(self.signed)
+        return Grid("uniform", signed, self.spec.narrow and signed)
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """``(qmin, qmax)`` at the present width, float32 tensors without gradient."""
@@ -178,10 +192,15 @@ class Quantizer(nn.Module):
         return self.dequantize(self.codes_ste(transformed) if rounding else transformed)
 
     def observe(self, x: Tensor) -> None:
-        """Keep an evenly strided sample of ``x`` (at most 2^18 elements) and its extremes for the initialisation."""
+        """Keep an evenly strided sample of ``x`` (at most 2^18 elements) and its extremes for the initialisation.
+
+        The stride has no factor in common with any axis: every column, row and channel is seen alike.
+        """
         flat = x.detach().float().reshape(-1)
-        sample = flat[:: max(1, -(-flat.numel() // OBSERVED_ELEMENTS))]
-        self._observed.append(torch.cat([sample, flat.amin().view(1), flat.amax().view(1)]))
+        stride = max(1, -(-flat.numel() // OBSERVED_ELEMENTS))
+        while math.gcd(stride, flat.numel()) > 1:
+            stride += 1
+        self._observed.append(torch.cat([flat[::stride], flat.amin().view(1), flat.amax().view(1)]))
 
     def initialise_from_observed(self) -> None:
         """Initialise from everything that mode ``observe`` saw, then forget it."""

@@ -56,6 +56,10 @@ class DoReFa(Quantizer):
             raise ValueError(f"quantizer.weight.options.weight_grid={weight_grid!r}: use {' or '.join(WEIGHT_GRIDS)}")
         self.eps = eps
         self.midrise = role == "weight" and weight_grid == "midrise"
+        if self.midrise and (spec.narrow or spec.signed is False):
+            raise ValueError(
+                f"quantizer.weight: {spec.name}'s mid-rise grid is signed and symmetric, use signed=true, narrow=false"
+            )
         self.register_buffer("magnitude", torch.ones(()))
 
     @property
@@ -91,12 +95,13 @@ class DoReFa(Quantizer):
         return torch.clamp(x, -self.signed.to(x.dtype), torch.ones_like(self.magnitude))
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Codes before rounding, given the scale."""
+        """Codes before rounding, given the scale; without bits zero, whatever ``x`` is."""
+        scale = torch.where(self.bits > 0, scale, torch.inf)
         if self.role != "weight":
             return self.clip(x) / scale
         t = normalised_tanh(x, self.eps)
         if self.midrise:
-            return torch.where(self.bits == 1, x, t * (self.bits > 0)) / scale
+            return torch.where(self.bits == 1, x, t) / scale
         return clip_codes(t / scale, *self.limits(), mask="round_first")
 
     def transform(self, x: Tensor) -> Tensor:

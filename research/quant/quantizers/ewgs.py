@@ -63,40 +63,50 @@ class EWGS(Quantizer):
     """Discretisation of ``u = clip((x - lower) / (upper - lower), 0, 1)`` with a gradient-dependent derivative.
 
     Inputs: ``x_hat = round(u n) / n`` with ``n = 2^b - 1``; weights: ``2 (round(u n) / n - 1/2)``, a mid-rise grid.
-    Both live on a fixed scale, 1 / n: the layer's output is multiplied by a trainable scalar (`OutputScale`). The
-    bounds are trained by plain autograd and not decayed. ``spec.init`` plays no role: the bounds start from the
+    Both live on a fixed scale, 1 / n: conversion gives the layer an `OutputScale`, a trainable scalar on its output.
+    The bounds are trained by plain autograd and not decayed. ``spec.init`` plays no role: the bounds start from the
     standard deviation.
 
+    Args:
+        spec, shape, channel_axis, role: as every quantizer's.
+        delta: strength of the gradient scaling, fixed; 0 is the plain straight-through estimator. The paper measures it
+            anew every few epochs (`ewgs_delta`), which is left to whoever trains.
+
     Attributes:
-        delta: 0-dim buffer, the strength of the gradient scaling; 0 until `ewgs_delta` is measured.
+        delta: 0-dim buffer.
         plain_ste: use the plain straight-through estimator, which has a Hessian, instead.
     """
 
     backward = "gradient_dependent"
     channelwise = False
+    output_scale = True
     parameter_options = {"lower": {"weight_decay": 0.0}, "upper": {"weight_decay": 0.0}}
     delta: Tensor
 
-    def __init__(self, spec: QuantizerSpec, shape: Sequence[int], channel_axis: int | None, role: Role) -> None:
+    def __init__(
+        self, spec: QuantizerSpec, shape: Sequence[int], channel_axis: int | None, role: Role, delta: float = 0.0
+    ) -> None:
         super().__init__(spec, shape, channel_axis, role)
-        if spec.signed not in ("auto", role == "weight"):
+        if spec.signed not in ("auto", role == "weight") or spec.narrow:
             raise ValueError(
-                f"quantizer.{role}.signed={spec.signed}: ewgs has mid-rise weights, unsigned inputs; use auto"
+                f"quantizer.{role}: ewgs has mid-rise weights and unsigned inputs, use signed=auto, narrow=false"
             )
+        if delta < 0:
+            raise ValueError(f"quantizer.{role}.options.delta={delta}: use 0 (plain estimator) or more, such as 0.01")
         self.midrise = role == "weight"
         self.plain_ste = False
         self.lower = nn.Parameter(torch.tensor(-1.0 if self.midrise else 0.0))
         self.upper = nn.Parameter(torch.tensor(1.0))
-        self.register_buffer("delta", torch.zeros(()))
+        self.register_buffer("delta", torch.tensor(float(delta)))
 
     @property
     def grid(self) -> Grid:
         """Mid-rise for weights, unsigned uniform for inputs."""
-        return Grid("midrise") if self.midrise else Grid("uniform", signed=False)
+        return Grid("midrise") if self.midrise else super().grid
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """``(qmin, qmax)`` at the present width."""
-        return self.grid.limits(self.bits)
+        return Grid("midrise").limits(self.bits) if self.midrise else super().limits()
 
     @property
     def scale(self) -> Tensor:

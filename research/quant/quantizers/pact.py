@@ -87,7 +87,8 @@ class PACT(DoReFa):
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
         if self.beta is None:
             return super()._codes(x, scale)
-        return self.clip(x) * (1 / scale)  # a product, as in PyTorch's operators: both bounds lie near ties
+        # a product, as in PyTorch's operators: both bounds lie near ties
+        return self.clip(x) * torch.where(self.bits > 0, 1 / scale, 0.0)
 
     def _round(self, transformed: Tensor) -> Tensor:
         zero_point = self.zero_point
