@@ -1,4 +1,4 @@
-"""From a composed Hydra config to plain containers, and from names in it to files on this machine."""
+"""From a composed Hydra config to plain containers, to data and host, and to files on this machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from research.data import ImageDataModule
+from research.learning.module import QuantModule
 from research.runs.records import read_config
 from research.targets import resolve_target
 
@@ -27,6 +28,8 @@ def plain(config: DictConfig) -> dict[str, Any]:
     assert isinstance(resolved, dict)
     values = {str(key): value for key, value in resolved.items()}
     values["callbacks"] = dict(values.get("callbacks") or {})
+    if isinstance(values.get("trainer"), dict) and "precision" in values["trainer"]:
+        values["trainer"]["precision"] = str(values["trainer"]["precision"])  # 32 and "32" are one configuration
     table = values["quantizer"].get("table")
     if isinstance(table, str):
         if not Path(table).is_file():
@@ -51,6 +54,26 @@ def build_data(config: dict[str, Any], trusted: bool = True) -> ImageDataModule:
     if not isinstance(data, ImageDataModule):
         raise ValueError(f"data._target_={config['data']['_target_']}: use research.data.ImageDataModule")
     return data
+
+
+def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
+    """The host module of a plain config, with its network built and its mechanics attached."""
+    module = QuantModule(
+        model=config["model"],
+        task=config["task"],
+        quantizer=config["quantizer"],
+        optimizer=config["optimizer"],
+        scheduler=config["scheduler"],
+        mechanics=config["callbacks"],
+        precision=str(config["trainer"]["precision"]),
+        compile=config["compile"],
+        channels_last=config["channels_last"],
+        seed=config["seed"],
+        checkpoint=initial_checkpoint(config["init_from"], config["paths"]),
+        trusted=trusted,
+    )
+    module.configure_model()
+    return module
 
 
 def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | None:

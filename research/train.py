@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from research.cli import command
-from research.config import build_data, initial_checkpoint, plain, recorded
+from research.config import build_data, build_module, plain, recorded
 from research.data import ImageDataModule
 from research.learning.epoch_line import EpochLine
 from research.learning.guard import NonFiniteGuard
@@ -32,26 +32,6 @@ from research.runs.records import read_summary, write_config, write_json
 from research.settings import PRECISIONS, check_training
 
 log = logging.getLogger(__name__)
-
-
-def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
-    """The host module of a plain config, with its network built and its mechanics attached."""
-    module = QuantModule(
-        model=config["model"],
-        task=config["task"],
-        quantizer=config["quantizer"],
-        optimizer=config["optimizer"],
-        scheduler=config["scheduler"],
-        mechanics=config["callbacks"],
-        precision=str(config["trainer"]["precision"]),
-        compile=config["compile"],
-        channels_last=config["channels_last"],
-        seed=config["seed"],
-        checkpoint=initial_checkpoint(config["init_from"], config["paths"]),
-        trusted=trusted,
-    )
-    module.configure_model()
-    return module
 
 
 def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:

@@ -10,11 +10,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from research.config import build_data, plain
+from research.config import build_data, build_module, plain
 from research.quant.recipe import table_to_plain
 from research.runs.records import write_config
 from research.settings import check_training
-from research.train import build_module
+from research.train import build as prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -63,7 +63,9 @@ def test_every_experiment_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", names(CONF / "debug"))
 def test_every_debug_setting_builds(name: str) -> None:
-    build(composed([f"debug={name}"]))
+    config = composed([f"debug={name}"])
+    build(config)
+    prepared(config)  # its parts of the data are large enough
 
 
 def sweep_jobs(path: Path) -> list[list[str]]:

@@ -13,10 +13,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from research.config import plain
+from research.config import build_module, plain
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
-from research.train import build_module
 from tests.conformance.ddp import MODEL as BARE
 from tests.conformance.ddp import train
 from tests.conformance.registry import CONF, DECLARED, FIRST, MECHANICS
