@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -90,11 +91,12 @@ def draw(rows: list[Row], found: list[dict[str, dict[str, Any]]], layer: str, ou
                 values = np.clip(data["values"], low, high)
                 density, edges = np.histogram(values, bins=120, range=(low, high), density=True)
                 axis.stairs(density, edges, fill=True, color="0.75", label="before quantization")
-                axis.vlines(data["levels"], 0, density.max(), color="0.2", lw=0.6, ls="--")
+                axis.vlines(data["levels"], 0, 2, color="0.2", lw=0.6, ls="--")
                 axis.plot(data["levels"], data["share"], "ok", markersize=3.5, label="share of each level")
                 axis.set_xlabel(f"{slot} / scale (codes)")
                 axis.set_ylabel("density, share")
-                axis.set_ylim(0, 1.05 * min(density.max(), 4 * max(data["share"].max(), 1e-3)))
+                axis.set_ylim(0, 1.15 * max(data["share"].max(), float(np.quantile(density, 0.98))))
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axis.set_title(f"{row['experiment']}\n{layer} {slot}, {data['bits']} bit")
                 table += [(row["experiment"], slot, int(level), share)
                           for level, share in zip(data["levels"], data["share"], strict=True)]  # fmt: skip
