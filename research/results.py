@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Timer
-from torch import nn
+from torch import Tensor, nn
 
 from research.data import ImageDataModule
 from research.deploy import export_onnx, parity_report, save_artifact
@@ -24,7 +25,6 @@ from research.runs.folder import RunFolder
 from research.runs.records import read_summary, write_summary
 
 log = logging.getLogger(__name__)
-WEIGHTS = ("last", "best")
 
 
 def seal(
@@ -46,9 +46,7 @@ def seal(
     if config["finalise"]["weights"] == "best":
         module.load_state_dict(load_checkpoint(folder.checkpoints / "best.ckpt")["state_dict"])
     module.cpu()
-    count = config["finalise"]["batchnorm_batches"]
-    batches = [images.cpu() for images, _ in data.calibration_batches(count, data.batch_size)] if count else []
-    deployments = finalise(module, batches)
+    deployments = finalise(module, statistics_batches(data, config["finalise"]["batchnorm_batches"]))
     structure = module.net.structure()
     tests = test_batches(data)
     float_accuracy = None
@@ -87,6 +85,14 @@ def hardware(environment: Mapping[str, Any], device: str) -> str:
     if device == "cuda":
         return str(environment["gpus"][0])
     return f"{environment['cpu']}, {environment['cores']} cores"
+
+
+def statistics_batches(data: ImageDataModule, count: int) -> list[Tensor]:
+    """Inputs for batch-norm re-estimation: the first ``count`` training batches of an epoch, augmented as in training.
+
+    Statistics of images without augmentation are those of another distribution (``docs/decisions.md``, 9).
+    """
+    return [images for images, _ in islice(data.train_dataloader(), count)] if count else []
 
 
 def test_batches(data: ImageDataModule) -> list[Any]:
