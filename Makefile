@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint docs clean
+.PHONY: help train test lint results docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -19,6 +19,14 @@ lint: .venv/.installed  ## ruff (rules and format), mypy strict on research and 
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+RECORDS := docs/results/records
+TABLES := $(BIN)/python -m analysis.tables
+
+results: .venv/.installed  ## result pages, from the kept run records
+	$(TABLES) 'runs=$(RECORDS)/lsq_resnet20_cifar10_*/*' output=docs/results/cifar10.md title=CIFAR-10 preface=analysis/prefaces/cifar10.md
+	$(TABLES) 'runs=$(RECORDS)/sweep_lsq_recipe/*' output=docs/results/lsq_recipe.md 'title=LSQ recipe at two bits' \
+		preface=analysis/prefaces/lsq_recipe.md columns=optimizer.lr,quantizer.weight.init,quantizer.input.init
 
 docs: .venv/.docs  ## build the site into site/
 	$(BIN)/python -m mkdocs build --strict
