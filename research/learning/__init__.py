@@ -1,0 +1,1 @@
+"""Training: the host of a quantized network, its tasks, mechanics, their composition and the optimizers."""
