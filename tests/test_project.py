@@ -218,3 +218,8 @@ def test_documented_commands_name_only_what_exists() -> None:
                 seen += 1
     assert seen > 0
     assert unknown == []
+
+
+def test_every_folder_of_sources_is_a_package() -> None:
+    folders = {path.parent for room in ("research", "callbacks", "analysis") for path in (ROOT / room).rglob("*.py")}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
