@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from research.quant.recipe import Recipe, Table, format_table
 from research.runs.rng import rng_state, set_rng_state
 from research.targets import resolve_target
 
-log = logging.getLogger(__name__)
 COMPILE = ("none", "network")
 
 
