@@ -118,6 +118,16 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def surrogate_gradients(net: nn.Module) -> Iterator[None]:
+    """Inside the block every gradient-dependent quantizer uses the plain straight-through estimator: Hessians exist."""
+    with ExitStack() as stack:
+        for _, quantizer in quantizers(net):
+            if quantizer.backward == "gradient_dependent":
+                stack.enter_context(rebound(quantizer, "plain_ste", True))
+        yield
+
+
+@contextmanager
 def _width(quantizer: Quantizer, width: Bits) -> Iterator[None]:
     if isinstance(quantizer, PerWidth):
         key = quantizer.key(width)

@@ -9,7 +9,7 @@ from torch import Tensor
 from research.quant.output_scale import OutputScale
 from research.quant.quantizers import QuantizerSpec, build_quantizer
 from research.quant.quantizers.base import Quantizer
-from research.quant.quantizers.ewgs import ewgs_delta, ewgs_round
+from research.quant.quantizers.ewgs import ewgs_round
 from research.quant.ranges import quantization_error
 
 
@@ -246,12 +246,6 @@ def test_mid_rise_grids_reject_what_they_would_ignore() -> None:
     with pytest.raises(ValueError, match="delta=-0.1"):
         make("ewgs", 4, options={"delta": -0.1})
     assert make("ewgs", 4, options={"delta": 0.25}).delta == 0.25
-
-
-def test_ewgs_delta_is_the_mean_over_batches_and_never_negative() -> None:
-    trace, std = double(6.0, 12.0), double(0.1, 0.2)
-    torch.testing.assert_close(ewgs_delta(trace, 10, std), double(0.5 * (6 / 10 / 0.3 + 12 / 10 / 0.6))[0])
-    assert ewgs_delta(-trace, 10, std) == 0
 
 
 def test_output_scale_restores_the_mean_magnitude() -> None:

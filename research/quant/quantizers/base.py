@@ -83,6 +83,7 @@ class Quantizer(nn.Module):
         initialised: boolean buffer, True once the range has been set from data (or restored).
         backward: ``surrogate`` if every derivative is that of a differentiable surrogate (so a Hessian exists),
             ``gradient_dependent`` if the rule depends on the upstream gradient.
+        plain_ste: a gradient-dependent quantizer uses the plain straight-through estimator, and draws no noise.
         output_scale: the values live on a fixed scale, so that the layer gets a trainable `OutputScale`.
         channelwise: per-channel granularity is defined.
         owns_weight: the quantizer holds the parameters of the weight itself; the layer freezes its own.
@@ -115,6 +116,7 @@ class Quantizer(nn.Module):
         self.channel_axis = channel_axis if spec.granularity == "channel" else None
         self.shape = tuple(shape)
         self.mode: Mode = "quantize"
+        self.plain_ste = False
         signed = spec.signed if spec.signed != "auto" else role == "weight"
         self.register_buffer("bits", torch.tensor(float(spec.bits)))
         self.register_buffer("signed", torch.tensor(bool(signed)))

@@ -48,17 +48,6 @@ def ewgs_round(t: Tensor, delta: Tensor) -> Tensor:
     return rounded
 
 
-def ewgs_delta(trace: Tensor, elements: int, gradient_std: Tensor) -> Tensor:
-    """``max(0, mean over batches of (trace / elements) / (3 std(g)))`` (official code), 0-dim.
-
-    Args:
-        trace: trace of the loss's Hessian with respect to the *discretised* tensor (in [0, 1]), one per batch.
-        elements: size of that tensor.
-        gradient_std: standard deviation of the gradient at it, one per batch.
-    """
-    return torch.clamp((trace / elements / (3 * gradient_std)).mean(), min=0)
-
-
 class EWGS(Quantizer):
     """Discretisation of ``u = clip((x - lower) / (upper - lower), 0, 1)`` with a gradient-dependent derivative.
 
@@ -69,12 +58,11 @@ class EWGS(Quantizer):
 
     Args:
         spec, shape, channel_axis, role: as every quantizer's.
-        delta: strength of the gradient scaling, fixed; 0 is the plain straight-through estimator. The paper measures it
-            anew every few epochs (`ewgs_delta`), which is left to whoever trains.
+        delta: strength of the gradient scaling; 0 is the plain straight-through estimator. The paper measures it anew
+            every few epochs: ``callbacks=[ewgs]``.
 
     Attributes:
         delta: 0-dim buffer.
-        plain_ste: use the plain straight-through estimator, which has a Hessian, instead.
     """
 
     backward = "gradient_dependent"
@@ -94,7 +82,6 @@ class EWGS(Quantizer):
         if delta < 0:
             raise ValueError(f"quantizer.{role}.options.delta={delta}: use 0 (plain estimator) or more, such as 0.01")
         self.midrise = role == "weight"
-        self.plain_ste = False
         self.lower = nn.Parameter(torch.tensor(-1.0 if self.midrise else 0.0))
         self.upper = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("delta", torch.tensor(float(delta)))
@@ -128,6 +115,11 @@ class EWGS(Quantizer):
         if self.plain_ste:
             return round_ste(t)
         return ewgs_round(t, self.delta.to(t.dtype) / torch.clamp(self.limits()[1], min=1))
+
+    @property
+    def unit(self) -> float:
+        """Width of the output range that the paper normalises to 1: ``delta`` acts on errors in this unit."""
+        return 2.0 if self.midrise else 1.0
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """``codes / n``, as a product with the scale."""
