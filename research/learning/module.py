@@ -138,7 +138,7 @@ class QuantModule(pl.LightningModule):
             f"mechanics.{name}" for name, buffer in self.mechanics.named_buffers() if buffer.ndim > 0
         ]
         if self.hparams["compile"] == "network":
-            self.net.compile()
+            self.net.compile(options={"fallback_random": True})  # noise as in eager mode; on CPUs also faster
 
     def float_network(self) -> FloatModel:
         """A fresh float network of the run's architecture, randomly initialised."""
