@@ -6,7 +6,6 @@ arXiv 2102.11600.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,45 +13,10 @@ from torch import Tensor
 
 from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
 from research.learning.mechanic import Claim, Mechanic
+from research.learning.perturbation import asam_perturbation, sam_perturbation
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
-
-
-def sam_perturbation(gradients: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
-    """``rho * g / ||g||_2`` (SAM, equation 2 with p = 2), the norm over all parameters together.
-
-    Args:
-        gradients: gradient by parameter name.
-        rho: radius, in units of the parameters.
-    """
-    factor = rho / (_norm(gradients) + 1e-12)
-    return {name: gradient * factor for name, gradient in gradients.items()}
-
-
-def asam_perturbation(
-    gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rho: float, eta: float
-) -> dict[str, Tensor]:
-    """``rho * T^2 g / ||T g||_2`` with ``T = |w| + eta`` for weights (ndim > 1) and 1 for the rest (ASAM, equation 9).
-
-    Args:
-        gradients: gradient by parameter name.
-        parameters: parameter by the same names.
-        rho: radius, in units relative to the parameters.
-        eta: keeps the normalisation off zero.
-    """
-    operator = {
-        name: parameters[name].detach().abs() + eta if parameters[name].ndim > 1 else torch.ones_like(gradient)
-        for name, gradient in gradients.items()
-    }
-    scaled = {name: operator[name] * gradient for name, gradient in gradients.items()}
-    factor = rho / (_norm(scaled) + 1e-12)
-    return {name: operator[name] * gradient * factor for name, gradient in scaled.items()}
-
-
-def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
-    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors.values()]
-    return torch.stack([tensor.square().sum() for tensor in wide]).sum().sqrt()
 
 
 class SAM(Mechanic):

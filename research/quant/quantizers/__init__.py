@@ -14,6 +14,7 @@ REGISTRY: dict[str, str] = {
     "pact": "research.quant.quantizers.pact.PACT",
     "dorefa": "research.quant.quantizers.dorefa.DoReFa",
     "ewgs": "research.quant.quantizers.ewgs.EWGS",
+    "liq": "research.quant.quantizers.liq.LIQ",
 }
 
 

@@ -1,0 +1,70 @@
+"""Worst-case perturbations of a given radius: pure functions of gradients, one joint norm over all tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12
+
+
+def joint_norm(tensors: Mapping[str, Tensor]) -> Tensor:
+    """L2 norm of all tensors together, in float32 or wider; 0-dim."""
+    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors.values()]
+    return torch.stack([tensor.square().sum() for tensor in wide]).sum().sqrt()
+
+
+def sam_perturbation(gradients: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
+    """``rho * g / ||g||_2`` (SAM, equation 2 with p = 2), the norm over all parameters together.
+
+    Args:
+        gradients: gradient by parameter name.
+        rho: radius, in units of the parameters.
+    """
+    factor = rho / (joint_norm(gradients) + EPS)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def asam_perturbation(
+    gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rho: float, eta: float
+) -> dict[str, Tensor]:
+    """``rho * T^2 g / ||T g||_2`` with ``T = |w| + eta`` for weights (ndim > 1) and 1 for the rest (ASAM, equation 9).
+
+    Args:
+        gradients: gradient by parameter name.
+        parameters: parameter by the same names.
+        rho: radius, in units relative to the parameters.
+        eta: keeps the normalisation off zero.
+    """
+    operator = {
+        name: parameters[name].detach().abs() + eta if parameters[name].ndim > 1 else torch.ones_like(gradient)
+        for name, gradient in gradients.items()
+    }
+    scaled = {name: operator[name] * gradient for name, gradient in gradients.items()}
+    factor = rho / (joint_norm(scaled) + EPS)
+    return {name: operator[name] * gradient * factor for name, gradient in scaled.items()}
+
+
+def qasam_perturbation(
+    gradients: Mapping[str, Tensor], points: Mapping[str, Tensor], plain: Collection[str], rho: float, eta: float
+) -> dict[str, Tensor]:
+    """``rho * p^2 g / ||(|p| + eta) g||_2``; for ``plain`` tensors 1 in place of both factors.
+
+    SAQ's adaptive form as its official code has it (zhuang-group/SAQ, QASAM): unlike ASAM's, the perturbation itself
+    has no ``eta``, so a tensor's zeros stay where they are.
+
+    Args:
+        gradients: gradient by name.
+        points: where the gradients were taken, by the same names; the quantized weight of a quantized layer.
+        plain: names that are not adapted (biases).
+        rho: radius, in units relative to the points.
+        eta: keeps the norm off zero.
+    """
+    sizes = {
+        name: torch.ones_like(g) if name in plain else points[name].detach().abs() for name, g in gradients.items()
+    }
+    scaled = {name: g if name in plain else (sizes[name] + eta) * g for name, g in gradients.items()}
+    factor = rho / (joint_norm(scaled) + EPS)
+    return {name: sizes[name].square() * g * factor for name, g in gradients.items()}
