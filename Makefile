@@ -23,7 +23,8 @@ lint: .venv/.installed  ## ruff (rules and format), mypy strict on research and 
 RECORDS := docs/results/records
 TABLES := $(BIN)/python -m analysis.tables
 
-results: .venv/.installed  ## result pages, from the kept run records
+results: .venv/.installed  ## generated pages: results from the kept run records, the table of mechanics
+	$(BIN)/python -m analysis.mechanics output=docs/mechanics.md
 	$(TABLES) 'runs=$(RECORDS)/lsq_resnet20_cifar10_*/*' output=docs/results/cifar10.md title=CIFAR-10 preface=analysis/prefaces/cifar10.md
 	$(TABLES) 'runs=$(RECORDS)/sweep_lsq_recipe/*' output=docs/results/lsq_recipe.md 'title=LSQ recipe at two bits' \
 		preface=analysis/prefaces/lsq_recipe.md columns=optimizer.lr,quantizer.weight.init,quantizer.input.init

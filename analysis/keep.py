@@ -1,6 +1,7 @@
 """Keep the records of finished runs: ``python -m analysis.keep runs=GLOB [output=docs/results/records]``.
 
-Copies what is small and says everything (configuration, environment, metrics, summary, table), no weights.
+Copies what is small and says everything (configuration, environment, metrics, summary, table, and the record of a
+post-training quantization where there is one), no weights.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from analysis.cli import REQUIRED, script
 from analysis.collect import collect
 from research.runs.files import atomic_write_bytes
 from research.runs.folder import RunFolder
+from research.runs.ptq import ptq_path
 
 RECORDS = "docs/results/records"
 
@@ -19,14 +21,17 @@ def keep(folder: RunFolder, output: Path) -> Path:
     """Copy the record of a finished run to ``output/<experiment>/<hash>``; the new folder."""
     place = output / folder.experiment / folder.hash
     place.mkdir(parents=True, exist_ok=True)
-    for path in (
+    paths = [
         folder.config_path,
         folder.overrides_path,
         folder.environment_path,
         folder.metrics_path,
         folder.table_path,
         folder.summary_path,
-    ):
+    ]
+    if ptq_path(folder).is_file():
+        paths.append(ptq_path(folder))
+    for path in paths:
         atomic_write_bytes(place / path.name, path.read_bytes())
     return place
 

@@ -36,11 +36,16 @@ def spread(values: Sequence[float | None], digits: int = 2, factor: float = 1.0)
     return text if len(known) == 1 else f"{text} ± {stdev(known):.{digits}f}"
 
 
-def setting(config: Any, key: str) -> str:
-    """The value at a dotted ``key`` of a config; a dash where there is none."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return "–" if config is None else str(config)
+def further(rows: Sequence[Row], column: str) -> str:
+    """One more cell for a group of runs: ``changes``, ``ptq_<bits>`` in percent, or the value at a config key."""
+    if column == "changes":
+        return f"`{rows[0]['changes']}`" if rows[0]["changes"] else "–"
+    if column.startswith("ptq_"):
+        return spread([row.get(column) for row in rows], factor=100)
+    value: Any = rows[0]["config"]
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return "–" if value is None else str(value)
 
 
 def cells(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -70,11 +75,10 @@ def cells(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
-    """A Markdown table, a line per group of runs; ``columns`` adds settings by dotted config key."""
+    """A Markdown table, a line per group of runs; for ``columns`` see `further`."""
     lines = ["| " + " | ".join([*HEADER, *columns]) + " |", "|" + " --- |" * (len(HEADER) + len(columns))]
     for group in grouped(rows):
-        settings = [setting(group[0]["config"], column) for column in columns]
-        lines.append("| " + " | ".join([*cells(group), *settings]) + " |")
+        lines.append("| " + " | ".join([*cells(group), *(further(group, column) for column in columns)]) + " |")
     return "\n".join(lines)
 
 
@@ -86,7 +90,8 @@ def main(runs: str, output: str | None, title: str, preface: str | None, columns
         output: Markdown file to write; None prints.
         title: heading of the page.
         preface: Markdown file whose text goes between heading and table.
-        columns: further columns, config keys such as ``optimizer.lr``, separated by commas.
+        columns: further columns, separated by commas: config keys such as ``optimizer.lr``, ``changes`` (the overrides
+            of the experiment), ``ptq_<bits>`` and ``ptq_mse_<bits>`` (accuracy after post-training quantization).
     """
     table = markdown(collect(runs), columns.split(",") if columns else ())
     if output is None:

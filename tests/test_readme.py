@@ -22,7 +22,7 @@ def readme_commands() -> list[str]:
 
 def test_the_readme_has_the_promised_commands_in_order() -> None:
     wanted = ["make train", "make test", "experiment=", "callbacks=[", "seed=1,2", "seed=1,2"]
-    wanted += ["evaluate", "export", "tables", "cifar10"]
+    wanted += ["evaluate", "ptq", "export", "tables", "cifar10"]
     commands = readme_commands()
     assert len(commands) == len(wanted)
     for part, command in zip(wanted, commands, strict=True):
@@ -65,6 +65,9 @@ def test_readme_commands(tmp_path: Path) -> None:
             command += " model.width=4"  # 10,000 test images on one thread
         if "$RUN" in command:
             environment["RUN"] = str(min((tmp_path / "runs" / "ablation").iterdir()))
+        if "$FLOAT_RUN" in command:
+            (float_run,) = (tmp_path / "runs" / "float_resnet8_embedded").iterdir()
+            environment["FLOAT_RUN"] = str(float_run)
         if "research.train" in command:
             command += " " + " ".join(o for o in SHORT.split() if o.split("=")[0] not in command)
         output = shell(command, tmp_path, **environment)

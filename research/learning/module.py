@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torchmetrics import MeanMetric
 
 from research.learning.composition import check_composition, compose_objective, ordered, plan
+from research.learning.double_backward import require_second_derivatives
 from research.learning.evaluation import Evaluation, Objective, State
 from research.learning.mechanic import Mechanic
 from research.learning.optim import build_optimizer, build_scheduler
@@ -129,6 +130,9 @@ class QuantModule(pl.LightningModule):
         for mechanic in self.active:
             mechanic.bind(self)
             mechanic.attach(self)
+        for mechanic in self.active:
+            if mechanic.needs_double_backward:
+                require_second_derivatives(self.net, mechanic.slug)
         if self.hparams["channels_last"]:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         patterns = [pattern for mechanic in self.active for pattern in mechanic.taps]

@@ -109,3 +109,16 @@ def test_result_pages_are_what_the_records_generate(page: Path) -> None:
     assert found is not None
     columns = found[2].split(",") if found[2] else ()
     assert tables.markdown(collect(str(ROOT / found[1])), columns) in page.read_text()
+
+
+def test_further_columns_hold_overrides_settings_and_accuracies_after_quantization() -> None:
+    rows = [
+        {"changes": "optimizer.lr=1", "config": {"optimizer": {"lr": 1.0}}, "ptq_4": value, "ptq_mse_4": None}
+        for value in (0.5, 0.6)
+    ]
+    assert tables.further(rows, "changes") == "`optimizer.lr=1`"
+    assert tables.further([{"changes": ""}], "changes") == "–"
+    assert tables.further(rows, "optimizer.lr") == "1.0"
+    assert tables.further(rows, "optimizer.momentum") == "–"
+    assert tables.further(rows, "ptq_4") == "55.00 ± 7.07"
+    assert tables.further(rows, "ptq_mse_4") == further(rows, "ptq_3") == "–"

@@ -17,10 +17,9 @@ from torch import Tensor
 from research.learning.mechanic import Mechanic
 from research.learning.module import QuantModule
 from tests.conformance.registry import MECHANICS
-from tests.learning.tiny import LSQ, fit, make_module, tiny_net
+from tests.learning.tiny import fit, make_module, tiny_net
 
 MODEL = tiny_net(batchnorm=False)
-RECIPE = {"weight": LSQ["weight"]}  # the step of an LSQ input counts the process's own batch
 
 
 class Drawing(Mechanic):
@@ -40,8 +39,10 @@ class Drawing(Mechanic):
 
 def train(name: str, checkpoint: Path, **trainer: Any) -> dict[str, Tensor]:
     """Parameters and buffers after a short fit with the case ``name``, and with a mechanic that draws decisions."""
-    mechanics = {**MECHANICS[name].mechanics, "drawing": {"_target_": "tests.conformance.ddp.Drawing"}}
-    module = make_module(mechanics, model=MODEL, quantizer=RECIPE, checkpoint=checkpoint)
+    case = MECHANICS[name]
+    mechanics = {**case.mechanics, "drawing": {"_target_": "tests.conformance.ddp.Drawing"}}
+    recipe = {"weight": case.quantizer["weight"]}  # the scale of an LSQ input counts the process's own batch
+    module = make_module(mechanics, model=MODEL, quantizer=recipe, checkpoint=checkpoint)
     fit(module, max_epochs=1, limit_val_batches=0, **trainer)
     return {name: tensor for name, tensor in module.state_dict().items() if "train_" not in name and "val_" not in name}
 
@@ -49,5 +50,6 @@ def train(name: str, checkpoint: Path, **trainer: Any) -> dict[str, Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
-    for case in MECHANICS:
-        torch.save(train(case, folder / "float.safetensors", devices=2, strategy="ddp"), folder / f"{case}.{rank}.pt")
+    for name in MECHANICS:
+        print(name, file=sys.stderr, flush=True)  # the last one stands above a traceback
+        torch.save(train(name, folder / "float.safetensors", devices=2, strategy="ddp"), folder / f"{name}.{rank}.pt")

@@ -1,22 +1,26 @@
 """The one registry of what conformance covers: every mechanic of conf/callbacks and every quantizer.
 
-A new file in conf/callbacks is covered with its own settings at once; an entry in ``DECLARED`` says what cannot be read
-off it: further settings worth running, what disables the mechanic, whether it needs quantized layers.
+A new file in conf/callbacks is covered with its own settings at once. A file of the same name in
+tests/conformance/declared says what cannot be read off it: further settings worth running, what disables the mechanic,
+which network it needs (the fields of ``Declared``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from research.learning.mechanic import Mechanic
 from research.targets import resolve_target
+from tests.learning.tiny import LSQ
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+DECLARED = Path(__file__).parent / "declared"
+BITS = 4
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,16 @@ class Declared:
     """What conformance has to be told about a mechanic.
 
     Args:
-        variants: settings to run it with, on top of its file.
+        variants: settings to run it with, on top of its file; the first stands for the mechanic where one is enough.
         off: settings with which it is plain training, bit for bit; None if it has none.
         needs_layers: it refuses a network without quantized layers.
+        quantizer: the recipe that it is made for; None if it works with the LSQ of all tests.
     """
 
-    variants: tuple[Mapping[str, Any], ...] = ({},)
+    variants: Sequence[Mapping[str, Any]] = ({},)
     off: Mapping[str, Any] | None = None
     needs_layers: bool = False
+    quantizer: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,27 @@ class Case:
 
     slug: str
     config: Mapping[str, Any]
-    declared: Declared = field(default_factory=Declared)
+    declared: Declared
 
     @property
     def mechanics(self) -> dict[str, Any]:
         """The ``callbacks`` part of a run's config."""
         return {self.slug: dict(self.config)}
 
-    def with_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """``mechanics`` with other settings."""
-        return {self.slug: {**self.config, **settings}}
+    @property
+    def off(self) -> dict[str, Any]:
+        """``mechanics``, switched off."""
+        return {self.slug: {**self.config, **(self.declared.off or {})}}
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """The recipe to train it with."""
+        return dict(self.declared.quantizer or LSQ)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Mechanics and recipe, for ``make_module``."""
+        return {"mechanics": self.mechanics, "quantizer": self.quantizer}
 
     def build(self) -> Mechanic:
         """The mechanic itself."""
@@ -58,23 +75,33 @@ class Case:
         return mechanic
 
 
-DECLARED: dict[str, Declared] = {
-    "sam": Declared(
-        variants=({}, {"adaptive": True, "rho": 0.5, "statistics": "all", "sync_perturbation": True}),
-        off={"rho": 0.0},
-    ),
-    "distillation": Declared(variants=({}, {"temperature": 4.0, "task_weight": 0.5}), off={"weight": 0.0}),
-}
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A config file as plain containers, with numbers as Hydra reads them (``1e-3`` is one)."""
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(config, dict)
+    return {"off" if key is False else str(key): value for key, value in config.items()}  # off is a boolean in YAML
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """A quantizer's own file, at one width everywhere."""
+    config = {"quantizer": {**read_yaml(CONF / f"quantizer/{name}.yaml"), "bits": BITS, "rules": []}}
+    resolved: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    return dict(resolved["quantizer"])
+
+
+def read_declared(path: Path) -> Declared:
+    """What a file declares, and nothing out of the ordinary where there is none; unknown keys are a TypeError."""
+    return Declared(**read_yaml(path)) if path.is_file() else Declared()
 
 
 def mechanic_cases() -> dict[str, Case]:
     """All cases by name, ``<slug>-<number of the variant>``."""
     cases = {}
     for path in sorted((CONF / "callbacks").glob("*.yaml")):
-        slug, declared = path.stem, DECLARED.get(path.stem, Declared())
+        slug, declared = path.stem, read_declared(DECLARED / path.name)
+        own = read_yaml(path)[slug]
         for number, settings in enumerate(declared.variants):
-            config = {**yaml.safe_load(path.read_text())[slug], **settings}
-            cases[f"{slug}-{number}"] = Case(slug, config, declared)
+            cases[f"{slug}-{number}"] = Case(slug, {**own, **settings}, declared)
     return cases
 
 

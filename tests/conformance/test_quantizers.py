@@ -1,34 +1,29 @@
-"""What every quantizer has to keep inside the host: training, resume, restore."""
+"""What every quantizer has to keep inside the host: training, resume, restore, precision.
+
+Its formulas, its second derivatives and its compiled form alone are in ``tests/quant``; compiled in the host, in
+``test_compile.py``.
+"""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from research.learning.module import QuantModule
 from research.quant.layers import quantizers
 from research.quant.quantizers import REGISTRY
-from tests.conformance.registry import CONF
-from tests.learning.tiny import LAST, RESNET, fit, make_module, resume_differences, state
+from tests.conformance.registry import recipe
+from tests.learning.tiny import LAST, RESNET, fit, make_module, resume_differences, state, tiny_net
 
-BITS = 4
-
-
-def recipe(name: str) -> dict[str, Any]:
-    """The quantizer's own file, at one width everywhere."""
-    text = (CONF / f"quantizer/{name}.yaml").read_text().replace("${quantizer.bits}", str(BITS))
-    config: dict[str, Any] = yaml.safe_load(text)
-    return {**config, "rules": []}
+EVERY_QUANTIZER = pytest.mark.parametrize("name", REGISTRY)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@EVERY_QUANTIZER
 def test_a_crash_and_a_resume_leave_no_trace(name: str, tmp_path: Path) -> None:
-    assert resume_differences(tmp_path, model=RESNET, quantizer=recipe(name)) == []
+    assert resume_differences(tmp_path, model=tiny_net(dropout=0.25), quantizer=recipe(name)) == []
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@EVERY_QUANTIZER
 def test_it_trains_and_a_checkpoint_alone_restores_it(name: str, tmp_path: Path) -> None:
     module = make_module(model=RESNET, quantizer=recipe(name))
     start = state(module.net)
@@ -43,3 +38,13 @@ def test_it_trains_and_a_checkpoint_alone_restores_it(name: str, tmp_path: Path)
     assert torch.equal(restored.eval()(images), module.eval()(images))
     saved = state(restored.net)
     assert [key for key, value in trained.items() if not torch.equal(value, saved[key])] == []
+
+
+@EVERY_QUANTIZER
+def test_it_trains_in_bf16(name: str) -> None:
+    module = make_module(quantizer=recipe(name), precision="bf16")
+    start = state(module.net)
+    fit(module, max_epochs=1, limit_train_batches=2, precision="bf16-mixed")
+    trained = dict(module.net.named_parameters())
+    assert [key for key, value in trained.items() if torch.equal(value, start[key])] == []
+    assert all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in trained.values())

@@ -1,0 +1,172 @@
+"""What every mechanic costs: ``python -m analysis.mechanic_cost [output=FILE] [compile=network] [rounds=3]``.
+
+Each mechanic of conf/callbacks trains a ResNet-20 on synthetic images for a few steps, with its own settings and the
+quantizer it is made for, in turn with the same network without mechanics, several rounds: the ratio of the median step
+times, and how often a step runs the network. Second derivatives are counted as steps cost them, in time.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
+
+from analysis.cli import script
+from analysis.mechanics import entries, train_configs
+from research.config import plain
+from research.learning.module import QuantModule
+from research.learning.prepare import Preparation
+from research.runs.environment import snapshot
+from research.runs.files import atomic_write_text
+from research.train import build
+
+PLAIN = ""
+
+
+class StepTimes(Callback):
+    """Seconds of every training step but the first ``warmup``, and how often the last one ran the network."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.seconds: list[float] = []
+        self.forwards = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the network's forward passes."""
+        assert isinstance(pl_module, QuantModule)
+        pl_module.net.register_forward_pre_hook(self.count)
+
+    def count(self, *arguments: Any) -> None:
+        """One more forward pass."""
+        self.forwards += 1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        """Start the clock."""
+        self.forwards = 0
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        """Stop the clock."""
+        if trainer.global_step > self.warmup:
+            self.seconds.append(time.perf_counter() - self.start)
+
+
+@dataclass
+class Cost:
+    """Measurements of one mechanic beside plain training with the same quantizer."""
+
+    ratios: list[float] = field(default_factory=list)
+    forwards: int = 0
+
+
+def config_of(quantizer: str, mechanic: str, steps: int, batch_size: int, compiled: str) -> dict[str, Any]:
+    """A plain training config: ResNet-20, W4A4, synthetic images of CIFAR's size."""
+    images = steps * batch_size + 256
+    overrides = [
+        "model=resnet20",
+        "data=synthetic",
+        f"quantizer={quantizer}",
+        f"callbacks=[{mechanic}]",
+        "data.image_size=32",
+        "data.validation=0",
+        f"data.batch_size={batch_size}",
+        f"data.options={{train: {images}, test: 8}}",
+        f"compile={compiled}",
+    ]
+    if mechanic == "hero":
+        overrides.append("callbacks.hero.warmup_epochs=0")  # what a step costs once the penalty acts
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        return plain(compose("train", overrides=overrides))
+
+
+def step_times(config: dict[str, Any], checkpoint: Path, steps: int, warmup: int) -> StepTimes:
+    """Train a few steps."""
+    data, module = build(config)
+    if not checkpoint.exists():
+        save_file(
+            {name: tensor.contiguous() for name, tensor in module.float_network().state_dict().items()}, checkpoint
+        )
+    module.checkpoint = checkpoint
+    times = StepTimes(warmup)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[Preparation(batches=1, batch_size=64), times],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, datamodule=data)
+    return times
+
+
+def measure(rounds: int, steps: int, warmup: int, batch_size: int, compiled: str) -> dict[str, Cost]:
+    """The cost of every mechanic by slug, with LSQ if it goes with that; compiled, of those that can be."""
+    found = [
+        entry for entry in entries(train_configs()) if compiled == "none" or not entry.mechanic.needs_double_backward
+    ]
+    costs = {entry.slug: Cost() for entry in found}
+    with TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "float.safetensors"
+        for _ in range(rounds):
+            plain_times: dict[str, float] = {}
+            for entry in found:
+                quantizer = "lsq" if "lsq" in entry.quantizers else entry.quantizers[0]
+                if quantizer not in plain_times:
+                    config = config_of(quantizer, PLAIN, steps, batch_size, compiled)
+                    plain_times[quantizer] = median(step_times(config, checkpoint, steps, warmup).seconds)
+                config = config_of(quantizer, entry.slug, steps, batch_size, compiled)
+                times = step_times(config, checkpoint, steps, warmup)
+                costs[entry.slug].ratios.append(median(times.seconds) / plain_times[quantizer])
+                costs[entry.slug].forwards = times.forwards
+    return costs
+
+
+def main(output: str | None, compile: str, rounds: int, steps: int, batch_size: int) -> None:
+    """Measure, print, and write a record if asked to.
+
+    Args:
+        output: JSON file to write.
+        compile: ``none`` or ``network``.
+        rounds: how often each mechanic is measured, in turn with the others.
+        steps: optimizer steps of each measurement, two of them to warm up.
+        batch_size: images a step.
+    """
+    torch.set_num_threads(1)
+    costs = measure(int(rounds), int(steps), 2, int(batch_size), compile)
+    record = {
+        "network": "resnet20, W4A4, float32, synthetic 32x32 images",
+        "compile": compile,
+        "batch_size": int(batch_size),
+        "threads": 1,
+        "hardware": snapshot()["cpu"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mechanics": {
+            slug: {"forwards": cost.forwards, "ratio": round(median(cost.ratios), 2), "ratios": cost.ratios}
+            for slug, cost in costs.items()
+        },
+    }
+    for slug, cost in costs.items():
+        low, middle, high = min(cost.ratios), median(cost.ratios), max(cost.ratios)
+        print(f"{slug:24} {cost.forwards} forward, {middle:.2f} x ({low:.2f} - {high:.2f})")
+    if output is not None:
+        atomic_write_text(Path(output), json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    script(main, {"output": None, "compile": "none", "rounds": 3, "steps": 6, "batch_size": 64})
