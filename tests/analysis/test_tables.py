@@ -121,4 +121,4 @@ def test_further_columns_hold_overrides_settings_and_accuracies_after_quantizati
     assert tables.further(rows, "optimizer.lr") == "1.0"
     assert tables.further(rows, "optimizer.momentum") == "–"
     assert tables.further(rows, "ptq_4") == "55.00 ± 7.07"
-    assert tables.further(rows, "ptq_mse_4") == further(rows, "ptq_3") == "–"
+    assert tables.further(rows, "ptq_mse_4") == tables.further(rows, "ptq_3") == "–"
