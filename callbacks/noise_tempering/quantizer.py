@@ -137,7 +137,7 @@ class TemperedLSQ(LSQ):
         self.load_state_dict(source.state_dict())
         self.tempering = tempering
         self.register_buffer("strength", torch.zeros(()), persistent=False)
-        delta = torch.full(self.state_shape, tempering.delta)
+        delta = torch.full(self.state_shape, float(tempering.delta))
         if tempering.delta_learn in ("carrier", "shared"):
             self.delta = nn.Parameter(delta)
         else:
