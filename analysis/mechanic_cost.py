@@ -1,4 +1,4 @@
-"""What every mechanic costs: ``python -m analysis.mechanic_cost [output=FILE] [compile=network] [rounds=3]``.
+"""What every mechanic costs: ``python -m analysis.mechanic_cost [output=FILE] [compile=network] [only=SLUG,SLUG]``.
 
 Each mechanic of conf/callbacks trains a ResNet-20 on synthetic images for a few steps, with its own settings and the
 quantizer it is made for, in turn with the same network without mechanics, several rounds: the ratio of the median step
@@ -8,8 +8,10 @@ times, and how often a step runs the network. Second derivatives are counted as 
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -32,6 +34,7 @@ from research.runs.files import atomic_write_text
 from research.train import build
 
 PLAIN = ""
+WARMUP = 2
 
 
 class StepTimes(Callback):
@@ -70,18 +73,18 @@ class Cost:
     forwards: int = 0
 
 
-def config_of(quantizer: str, mechanic: str, steps: int, batch_size: int, compiled: str) -> dict[str, Any]:
-    """A plain training config: ResNet-20, W4A4, synthetic images of CIFAR's size."""
+def config_of(model: str, quantizer: str, mechanic: str, steps: int, batch_size: int, compiled: str) -> dict[str, Any]:
+    """A plain training config: W4A4, synthetic images of CIFAR's size."""
     images = steps * batch_size + 256
     overrides = [
-        "model=resnet20",
+        f"model={model}",
         "data=synthetic",
         f"quantizer={quantizer}",
         f"callbacks=[{mechanic}]",
         "data.image_size=32",
         "data.validation=0",
         f"data.batch_size={batch_size}",
-        f"data.options={{train: {images}, test: 8}}",
+        f"data.options={{train: {images}, test: 16}}",
         f"compile={compiled}",
     ]
     if mechanic == "hero":
@@ -114,11 +117,12 @@ def step_times(config: dict[str, Any], checkpoint: Path, steps: int, warmup: int
     return times
 
 
-def measure(rounds: int, steps: int, warmup: int, batch_size: int, compiled: str) -> dict[str, Cost]:
+def measure(
+    model: str, rounds: int, steps: int, warmup: int, batch_size: int, compiled: str, only: Sequence[str] = ()
+) -> dict[str, Cost]:
     """The cost of every mechanic by slug, with LSQ if it goes with that; compiled, of those that can be."""
-    found = [
-        entry for entry in entries(train_configs()) if compiled == "none" or not entry.mechanic.needs_double_backward
-    ]
+    every = [entry for entry in entries(train_configs()) if not only or entry.slug in only]
+    found = [entry for entry in every if compiled == "none" or not entry.mechanic.needs_double_backward]
     costs = {entry.slug: Cost() for entry in found}
     with TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "float.safetensors"
@@ -127,31 +131,38 @@ def measure(rounds: int, steps: int, warmup: int, batch_size: int, compiled: str
             for entry in found:
                 quantizer = "lsq" if "lsq" in entry.quantizers else entry.quantizers[0]
                 if quantizer not in plain_times:
-                    config = config_of(quantizer, PLAIN, steps, batch_size, compiled)
+                    config = config_of(model, quantizer, PLAIN, steps, batch_size, compiled)
                     plain_times[quantizer] = median(step_times(config, checkpoint, steps, warmup).seconds)
-                config = config_of(quantizer, entry.slug, steps, batch_size, compiled)
+                config = config_of(model, quantizer, entry.slug, steps, batch_size, compiled)
                 times = step_times(config, checkpoint, steps, warmup)
                 costs[entry.slug].ratios.append(median(times.seconds) / plain_times[quantizer])
                 costs[entry.slug].forwards = times.forwards
     return costs
 
 
-def main(output: str | None, compile: str, rounds: int, steps: int, batch_size: int) -> None:
+def main(
+    output: str | None, compile: str, model: str, only: str | None, rounds: int, steps: int, batch_size: int
+) -> None:
     """Measure, print, and write a record if asked to.
 
     Args:
         output: JSON file to write.
         compile: ``none`` or ``network``.
+        model: of conf/model.
+        only: slugs, separated by commas; None measures all.
         rounds: how often each mechanic is measured, in turn with the others.
         steps: optimizer steps of each measurement, two of them to warm up.
         batch_size: images a step.
     """
     torch.set_num_threads(1)
-    costs = measure(int(rounds), int(steps), 2, int(batch_size), compile)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a fit's greetings, once per mechanic and round
+    costs = measure(model, rounds, steps, WARMUP, batch_size, compile, only.split(",") if only else ())
+    if not costs:
+        raise ValueError(f"only={only}: no mechanic of conf/callbacks that compile={compile} can measure")
     record = {
-        "network": "resnet20, W4A4, float32, synthetic 32x32 images",
+        "network": f"{model}, W4A4, float32, synthetic 32x32 images",
         "compile": compile,
-        "batch_size": int(batch_size),
+        "batch_size": batch_size,
         "threads": 1,
         "hardware": snapshot()["cpu"],
         "torch": torch.__version__,
@@ -169,4 +180,15 @@ def main(output: str | None, compile: str, rounds: int, steps: int, batch_size: 
 
 
 if __name__ == "__main__":
-    script(main, {"output": None, "compile": "none", "rounds": 3, "steps": 6, "batch_size": 64})
+    script(
+        main,
+        {
+            "output": None,
+            "compile": "none",
+            "model": "resnet20",
+            "only": None,
+            "rounds": 3,
+            "steps": 6,
+            "batch_size": 64,
+        },
+    )

@@ -53,7 +53,7 @@ class NoiseTempering(Mechanic):
         noise_dist: ``uniform``, ``one``, ``bernoulli``, ``gauss``, or ``blind``, which is not error-aware (ablation).
         noise_site: ``forward``, or ``grad`` (ablation: no curvature term).
         grad_scale: ``elementwise`` (EWGS's form, in units of bins) or ``scalar``.
-        delta: initial scale of the gradient; None: 0.2 elementwise, 1 scalar. Elementwise 0 is the plain estimator.
+        delta: initial scale of the gradient; None: 0.02 elementwise, 1 scalar. Elementwise 0 is the plain estimator.
         delta_learn: ``carrier``, ``shared``, ``hessian`` (EWGS's rule, see ``hessian``) or ``fixed``.
         hessian: options of `HessianScale` for ``delta_learn: hessian``.
     """
@@ -100,7 +100,7 @@ class NoiseTempering(Mechanic):
             noise_dist=noise_dist,
             noise_site=noise_site,
             grad_scale=grad_scale,
-            delta=delta if delta is not None else {"elementwise": 0.2, "scalar": 1.0}[grad_scale],
+            delta=delta if delta is not None else {"elementwise": 0.02, "scalar": 1.0}[grad_scale],
             delta_learn=delta_learn,
         )
         self.hessian = HessianScale("callbacks.noise_tempering.hessian", **(hessian or {}))

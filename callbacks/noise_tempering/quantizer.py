@@ -98,7 +98,7 @@ class Tempering:
     noise_dist: NoiseDist = "uniform"
     noise_site: Literal["forward", "grad"] = "forward"
     grad_scale: Literal["elementwise", "scalar"] = "elementwise"
-    delta: float = 0.2
+    delta: float = 0.02
     delta_learn: Literal["carrier", "shared", "hessian", "fixed"] = "carrier"
 
 

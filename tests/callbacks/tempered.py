@@ -19,7 +19,7 @@ def tempered(values: Tensor, bits: int = 3, scale: float = 0.2, strength: float 
     quantizer = TemperedLSQ(source, Tempering(**switches)).double()
     with torch.no_grad():
         quantizer.raw_scale.fill_(scale)
-        quantizer.delta.fill_(switches.get("delta", 0.2))
+        quantizer.delta.fill_(quantizer.tempering.delta)
     quantizer.strength.fill_(strength)
     return quantizer
 
