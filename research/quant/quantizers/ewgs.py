@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from research.quant.grid import Grid
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ste import round_ste
+
+Bounds = Literal["std", "mse"]
 
 
 class EWGSRound(torch.autograd.Function):
@@ -48,18 +50,41 @@ def ewgs_round(t: Tensor, delta: Tensor) -> Tensor:
     return rounded
 
 
+def starting_bounds(x: Tensor, n: Tensor, symmetric: bool, method: Bounds) -> tuple[Tensor, Tensor]:
+    """``(lower, upper)`` for the data ``x``, any shape.
+
+    ``std``: ``-+ 3 std`` if symmetric, else the minimum and ``3 std / sqrt(1 - 2 / pi)`` (official code). ``mse``: the
+    lower bound is ``-upper`` or the minimum, and the width is the one of 100, up to that of the data, whose ``n + 1``
+    evenly spaced values have the least squared error.
+    """
+    width = 3 * x.std() if symmetric else 3 * x.std() / math.sqrt(1 - 2 / math.pi)
+    lower = -width if symmetric else x.amin()
+    upper = width
+    if method == "mse":
+        best = torch.full_like(upper, torch.inf)
+        for share in torch.linspace(0.01, 1, 100, device=x.device):
+            low = -share * x.abs().amax() if symmetric else x.amin()
+            high = -low if symmetric else low + share * (x.amax() - low)
+            values = low + (high - low) * torch.round(torch.clamp((x - low) / (high - low), 0, 1) * n) / n
+            error = (values - x).square().mean()
+            lower, upper = torch.where(error < best, low, lower), torch.where(error < best, high, upper)
+            best = torch.minimum(error, best)
+    return lower, upper
+
+
 class EWGS(Quantizer):
     """Discretisation of ``u = clip((x - lower) / (upper - lower), 0, 1)`` with a gradient-dependent derivative.
 
     Inputs: ``x_hat = round(u n) / n`` with ``n = 2^b - 1``; weights: ``2 (round(u n) / n - 1/2)``, a mid-rise grid.
     Both live on a fixed scale, 1 / n: conversion gives the layer an `OutputScale`, a trainable scalar on its output.
-    The bounds are trained by plain autograd and not decayed. ``spec.init`` plays no role: the bounds start from the
-    standard deviation.
+    The bounds are trained by plain autograd and not decayed. ``spec.init`` plays no role, ``bounds`` does.
 
     Args:
         spec, shape, channel_axis, role: as every quantizer's.
         delta: strength of the gradient scaling; 0 is the plain straight-through estimator. The paper measures it anew
             every few epochs: ``callbacks=[ewgs]``.
+        bounds: where they start: ``std`` (three standard deviations, the official code's) or ``mse`` (least squared
+            error of the tensor, for short budgets).
 
     Attributes:
         delta: 0-dim buffer.
@@ -72,7 +97,13 @@ class EWGS(Quantizer):
     delta: Tensor
 
     def __init__(
-        self, spec: QuantizerSpec, shape: Sequence[int], channel_axis: int | None, role: Role, delta: float = 0.0
+        self,
+        spec: QuantizerSpec,
+        shape: Sequence[int],
+        channel_axis: int | None,
+        role: Role,
+        delta: float = 0.0,
+        bounds: Bounds = "std",
     ) -> None:
         super().__init__(spec, shape, channel_axis, role)
         if spec.signed not in ("auto", role == "weight") or spec.narrow:
@@ -81,6 +112,9 @@ class EWGS(Quantizer):
             )
         if delta < 0:
             raise ValueError(f"quantizer.{role}.options.delta={delta}: use 0 (plain estimator) or more, such as 0.01")
+        if bounds not in ("std", "mse"):
+            raise ValueError(f"quantizer.{role}.options.bounds={bounds}: use std or mse")
+        self.bounds = bounds
         self.midrise = role == "weight"
         self.lower = nn.Parameter(torch.tensor(-1.0 if self.midrise else 0.0))
         self.upper = nn.Parameter(torch.tensor(1.0))
@@ -128,11 +162,8 @@ class EWGS(Quantizer):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Weights: ``upper = -lower = 3 std``; inputs: minimum to ``3 std / sqrt(1 - 2 / pi)`` (official code)."""
-        x = self._work(x)
-        width = 3 * x.std()
-        lower = -width if self.midrise else x.amin()
-        upper = width if self.midrise else width / math.sqrt(1 - 2 / math.pi)
+        """Set the bounds from data, see `starting_bounds`."""
+        lower, upper = starting_bounds(self._work(x), self.limits()[1], self.midrise, self.bounds)
         self.lower.copy_(lower)
         self.upper.copy_(torch.where(upper > lower, upper, lower + 1))
         self.initialised.fill_(True)
