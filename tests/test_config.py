@@ -15,6 +15,7 @@ from research.quant.recipe import table_to_plain
 from research.runs.records import write_config
 from research.settings import check_training
 from research.train import build as prepared
+from tests.conformance.registry import FIRST
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -46,7 +47,10 @@ CHOICES = [(group, name) for group in GROUPS for name in names(CONF / group)]
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{group}={name}" for group, name in CHOICES])
 def test_every_choice_of_every_group_builds(group: str, name: str) -> None:
-    build(composed([f"{group}=[{name}]" if group == "callbacks" else f"{group}={name}"]))
+    if group == "callbacks":
+        build(composed([f"callbacks=[{name}]", f"quantizer={FIRST[name].quantizer['weight']['name']}"]))
+    else:
+        build(composed([f"{group}={name}"]))
 
 
 def test_no_group_of_the_command_line_is_left_out() -> None:
