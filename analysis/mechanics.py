@@ -6,6 +6,7 @@ default network of conf/train.yaml.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,8 +27,10 @@ from research.targets import resolve_target
 CARDS = Path("docs/methods")
 DECLARED = Path("tests/conformance/declared")
 PREFACE = Path("analysis/prefaces/mechanics.md")
+COSTS = Path("docs/results/mechanic_cost.json")
 HEADER = (
     "mechanic", "stage", "claims", "second derivatives", "compiled", "precisions", "ddp", "quantizers", "off switch",
+    "forward passes", "step time",
 )  # fmt: skip
 Config = dict[str, Any]
 
@@ -126,9 +129,16 @@ def linked(slug: str) -> str:
     return f"[{slug}](methods/{slug}.md)" if (CARDS / f"{slug}.md").is_file() else slug
 
 
-def cells(entry: Entry, everything: Sequence[str]) -> list[str]:
-    """The declarations of one mechanic."""
+def measured() -> dict[str, Any]:
+    """The record that `analysis.mechanic_cost` wrote."""
+    record: dict[str, Any] = json.loads(COSTS.read_text())
+    return record
+
+
+def cells(entry: Entry, everything: Sequence[str], costs: Mapping[str, Any]) -> list[str]:
+    """The declarations of one mechanic, and what it costs as far as that was measured."""
     mechanic = entry.mechanic
+    cost = costs.get(entry.slug)
     return [
         linked(entry.slug),
         mechanic.stage,
@@ -139,6 +149,8 @@ def cells(entry: Entry, everything: Sequence[str]) -> list[str]:
         mechanic.ddp,
         some(entry.quantizers, everything),
         off_switch(entry.slug),
+        str(cost["forwards"]) if cost else "–",
+        f"{cost['ratio']:.2f}" if cost else "–",
     ]
 
 
@@ -148,12 +160,18 @@ def page() -> str:
     found = entries(bases)
     pairs = {frozenset((a.slug, b.slug)): verdict(a, b, bases) for a, b in combinations(found, 2)}
     slugs = [entry.slug for entry in found]
+    record = measured()
     matrix = [[f"**{one}**", *(pairs.get(frozenset((one, other)), "·") for other in slugs)] for one in slugs]
     return "\n\n".join(
         [
             "# Mechanics at a glance",
             PREFACE.read_text().strip(),
-            table(HEADER, [cells(entry, list(bases)) for entry in found]),
+            table(HEADER, [cells(entry, list(bases), record["mechanics"]) for entry in found]),
+            "Step time: processor time of an optimizer step as a multiple of plain training with the same quantizer "
+            f"({record['network']}, batches of {record['batch_size']}, eager, {record['threads']} thread, "
+            f"{record['hardware']}; median of {len(next(iter(record['mechanics'].values()))['ratios'])} interleaved "
+            "rounds, `python -m analysis.mechanic_cost output=docs/results/mechanic_cost.json`). HERO without its "
+            "warm-up; EWGS without its measurements.",
             "## Which go together",
             "*yes*, or the claim that both make, or *no quantizer* where none serves both.",
             table(["", *slugs], matrix),

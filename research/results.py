@@ -46,7 +46,8 @@ def seal(
     if config["finalise"]["weights"] == "best":
         module.load_state_dict(load_checkpoint(folder.checkpoints / "best.ckpt")["state_dict"])
     module.cpu()
-    deployments = finalise(module, statistics_batches(data, config["finalise"]["batchnorm_batches"]))
+    batches = statistics_batches(data, config["finalise"]["batchnorm_batches"])
+    deployments, as_trained = finalise(module, batches), finalise(module) if batches else {}
     structure = module.net.structure()
     tests = test_batches(data)
     float_accuracy = None
@@ -56,6 +57,8 @@ def seal(
     for name, net in deployments.items():
         place = artifact_place(folder, name)
         row = {"name": name, "float_accuracy": float_accuracy, **measure(net, module.task, tests)}
+        if name in as_trained:
+            row["accuracy_before_batchnorm"] = measure(as_trained[name], module.task, tests)["accuracy"]
         row |= cost_report(net, (data.in_channels, data.image_size, data.image_size), structure.first, structure.last)
         meta = {"run": f"{folder.experiment}/{folder.hash}", "accuracy": row["accuracy"]}
         row |= deploy(net, config, place, data, tests, meta, config["deploy"]["onnx"])
@@ -77,7 +80,10 @@ def seal(
     write_summary(folder, config["seed"], rows, extra)
 
 
-SHOWN = ("accuracy", "float_accuracy", "deployed_accuracy", "argmax_agreement", "size_kib", "compression")
+SHOWN = (
+    "accuracy", "accuracy_before_batchnorm", "float_accuracy", "deployed_accuracy", "argmax_agreement", "size_kib",
+    "compression",
+)  # fmt: skip
 
 
 def hardware(environment: Mapping[str, Any], device: str) -> str:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 from research.data import ImageDataModule
+from research.learning.finalise import finalise, measure
+from research.learning.module import QuantModule
 from research.results import statistics_batches
+from research.train import build
+from research.train import main as train
+from tests.test_bad_input import TINY, command, run_folder
+from tests.test_config import composed
 
 
 def make_data() -> ImageDataModule:
@@ -36,3 +45,21 @@ def test_statistics_come_from_augmented_training_batches() -> None:
 
 def test_no_batches_for_none() -> None:
     assert statistics_batches(make_data(), 0) == []
+
+
+def test_a_run_records_its_accuracy_before_and_after_the_reestimation(tmp_path: Path) -> None:
+    changes = ["trainer.max_epochs=1", "finalise.batchnorm_batches=2", "deploy.onnx=false"]
+    done = command(train, *TINY, *changes, f"paths.runs={tmp_path}")
+    assert done.code == 0, done.err
+    folder = run_folder(tmp_path)
+    (row,) = json.loads((folder / "summary.json").read_text())["deployments"]
+    data, _ = build(composed([*TINY, *changes]))
+    module = QuantModule.load_from_checkpoint(folder / "checkpoints/last.ckpt")
+    assert row["accuracy_before_batchnorm"] == measure_accuracy(module, data, 0)
+    assert row["accuracy"] == measure_accuracy(module, data, 2)
+    assert row["accuracy"] != row["accuracy_before_batchnorm"]
+
+
+def measure_accuracy(module: QuantModule, data: ImageDataModule, batches: int) -> float:
+    net = finalise(module, statistics_batches(data, batches))["final"]
+    return measure(net, module.task, data.test_dataloader())["accuracy"]
