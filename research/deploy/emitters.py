@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from research.deploy.qdq import GraphBuilder, fake_quantize, weight_values
+from research.models.bias_prelu import BiasPReLU
 from research.models.blocks import Add, PadShortcut
 from research.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantOutput
 from research.quant.output_scale import OutputScale
@@ -114,6 +115,14 @@ def _hardtanh(builder: GraphBuilder, name: str, module: nn.Hardtanh, inputs: lis
     return _clip(module.min_val, module.max_val)(builder, name, module, inputs)
 
 
+def _bias_prelu(builder: GraphBuilder, name: str, module: BiasPReLU, inputs: list[str]) -> str:
+    parts = {"bias": module.bias, "slope": module.slope, "shift": module.shift}
+    bias, slope, shift = (builder.constant(f"{name}.{key}", part.view(-1, 1, 1)) for key, part in parts.items())
+    value = builder.node("Add", [*inputs, bias], f"{name}.biased")
+    value = builder.node("PRelu", [value, slope], name)
+    return builder.node("Add", [value, shift], f"{name}.shifted")
+
+
 def _pad_shortcut(builder: GraphBuilder, name: str, module: PadShortcut, inputs: list[str]) -> str:
     value = inputs[0]
     if module.stride != 1:
@@ -170,6 +179,7 @@ EMITTERS: dict[type[nn.Module], Emitter] = {
     nn.ReLU: lambda builder, name, module, inputs: builder.node("Relu", inputs, name),
     nn.ReLU6: _clip(0.0, 6.0),
     nn.Hardtanh: _hardtanh,
+    BiasPReLU: _bias_prelu,
     Add: lambda builder, name, module, inputs: builder.node("Add", inputs, name),
     PadShortcut: _pad_shortcut,
     nn.AdaptiveAvgPool2d: _global_average,

@@ -16,7 +16,6 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from research.deploy.affine import affine_codes
 from research.deploy.deployed import deployed, deployed_weights
 from research.deploy.graph import INPUT, record_graph
 from research.deploy.onnx import export_onnx
@@ -83,7 +82,7 @@ def _output_step(net: nn.Module, example: Tensor) -> float | None:
     """Step of the quantizer on the network's output, None if there is none."""
     last = net.get_submodule(record_graph(net, example).output)
     quantizer = getattr(last, "output_quantizer", None)
-    return affine_codes(quantizer, "output").step if isinstance(quantizer, Quantizer) else None
+    return float(quantizer.scale) if isinstance(quantizer, Quantizer) else None
 
 
 @torch.no_grad()

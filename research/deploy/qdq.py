@@ -15,6 +15,7 @@ from research.deploy.affine import affine_codes
 from research.deploy.deployed import DeployedWeight
 from research.quant.layers import QuantLayer
 from research.quant.quantizers import Quantizer
+from research.quant.quantizers.n2uq import N2UQ
 
 
 class GraphBuilder:
@@ -39,12 +40,21 @@ class GraphBuilder:
 def fake_quantize(builder: GraphBuilder, name: str, quantizer: Quantizer, value: str) -> str:
     """QuantizeLinear, Clip where the codes do not fill their container, DequantizeLinear; around them any offset.
 
+    Learned thresholds are comparisons in place of the first two, see `threshold_codes`.
+
     Returns:
         The quantized value.
 
     Raises:
         ValueError: a quantizer without such a form.
     """
+    if isinstance(quantizer, N2UQ):
+        codes = threshold_codes(builder, name, quantizer, value)
+        parts = [
+            builder.constant(f"{name}.scale", quantizer.scale),
+            builder.constant(f"{name}.zero_point", 0, np.uint8),
+        ]
+        return builder.node("DequantizeLinear", [codes, *parts], f"{name}.values")
     form = affine_codes(quantizer, name)
     if form.shift:
         value = builder.node("Sub", [value, builder.constant(f"{name}.shift", form.shift)], f"{name}.shifted")
@@ -60,6 +70,36 @@ def fake_quantize(builder: GraphBuilder, name: str, quantizer: Quantizer, value:
     if form.offset:
         value = builder.node("Add", [value, builder.constant(f"{name}.offset", form.offset)], f"{name}.offset_values")
     return value
+
+
+def threshold_codes(builder: GraphBuilder, name: str, quantizer: N2UQ, value: str) -> str:
+    """The number of thresholds below the scaled input, as uint8: Mul, then Greater, Cast and Add for each of them.
+
+    The input is multiplied by ``scale1`` as in training, and not the thresholds divided by it, so that the codes are
+    bitwise the same.
+
+    Returns:
+        The codes.
+
+    Raises:
+        ValueError: a mode other than ``quantize``, or a width other than that of the thresholds.
+    """
+    if quantizer.mode != "quantize" or not torch.equal(
+        quantizer.bits, torch.full_like(quantizer.bits, quantizer.spec.bits)
+    ):
+        raise ValueError(
+            f"{name}: N2UQ (mode {quantizer.mode}) has thresholds for {quantizer.spec.bits} bits; "
+            "export it in mode quantize and at that width"
+        )
+    assert quantizer.scale1 is not None, "thresholds are those of an input"
+    value = builder.node("Mul", [value, builder.constant(f"{name}.scale1", quantizer.scale1)], f"{name}.scaled")
+    count = ""
+    for index, threshold in enumerate(quantizer.thresholds):
+        bound = builder.constant(f"{name}.threshold{index}", threshold)
+        above = builder.node("Greater", [value, bound], f"{name}.above{index}")
+        one = builder.node("Cast", [above], f"{name}.one{index}", to=TensorProto.FLOAT)
+        count = builder.node("Add", [count, one], f"{name}.count{index}") if count else one
+    return builder.node("Cast", [count], f"{name}.codes", to=TensorProto.UINT8)
 
 
 def _container(qmin: int, qmax: int) -> type[np.integer[Any]]:

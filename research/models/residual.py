@@ -57,6 +57,24 @@ class BasicBlock(nn.Module):
         return output
 
 
+class PerConvShortcutBlock(BasicBlock):
+    """`BasicBlock` with a shortcut around each of its convolutions, for binary networks.
+
+    Liu et al. 2018, arXiv:1808.00278 (Bi-Real Net): what a binary convolution loses, the next layer still sees.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__(in_channels, out_channels, stride, shortcut)
+        self.add1 = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output for `x`."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        middle = self.relu1(self.add1(self.bn1(self.conv1(x)), shortcut))
+        output: Tensor = self.relu2(self.add(self.bn2(self.conv2(middle)), middle))
+        return output
+
+
 class PreactivationBlock(nn.Module):
     """bn-relu-conv-bn-relu-conv, add the shortcut (He et al. 2016, arXiv:1603.05027, figure 1b).
 

@@ -1,11 +1,12 @@
 """ResNets for small images (He et al. 2015, arXiv:1512.03385, section 4.2) and their pre-activation form."""
 
-from typing import TypedDict, Unpack, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 from torch import Tensor, nn
 
 from research.models.residual import (
     BasicBlock,
+    PerConvShortcutBlock,
     PreactivationBlock,
     Shortcut,
     conv3x3,
@@ -13,6 +14,8 @@ from research.models.residual import (
     residual_stage,
 )
 from research.models.structure import FloatModel, Structure
+
+Activation = Literal["relu", "hardtanh"]
 
 
 class ResNetCifar(FloatModel):
@@ -25,9 +28,11 @@ class ResNetCifar(FloatModel):
         in_channels: channels of the image: 3 for colour, 1 for grey.
         preactivation: BN-ReLU-conv order (He et al. 2016, arXiv:1603.05027) with a norm and an activation at the end.
         width: channels of the first stage.
+        activation: "relu", or "hardtanh", whose signed outputs binary inputs need; module names stay.
+        shortcut_per_conv: a shortcut around every convolution instead of every two (Bi-Real Net); same parameters.
 
     Raises:
-        ValueError: the depth is not 6n + 2, or the shortcut is unknown.
+        ValueError: the depth is not 6n + 2, an unknown choice, or shortcuts per convolution with pre-activation.
     """
 
     def __init__(
@@ -38,14 +43,22 @@ class ResNetCifar(FloatModel):
         in_channels: int = 3,
         preactivation: bool = False,
         width: int = 16,
+        activation: Activation = "relu",
+        shortcut_per_conv: bool = False,
     ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"model.depth={depth}: the depth is 6n + 2; use 8, 20, 32 or 56")
         if shortcut not in get_args(Shortcut):
             raise ValueError(f"model.shortcut={shortcut}: use A (zero padding) or B (1x1 convolution)")
+        if activation not in get_args(Activation):
+            raise ValueError(f"model.activation={activation}: use relu or hardtanh")
+        if preactivation and shortcut_per_conv:
+            raise ValueError("model.shortcut_per_conv=true: has no pre-activation form, use model.preactivation=false")
         count = (depth - 2) // 6
-        block = PreactivationBlock if preactivation else BasicBlock
+        block: type[BasicBlock] | type[PreactivationBlock] = PreactivationBlock if preactivation else BasicBlock
+        if shortcut_per_conv:
+            block = PerConvShortcutBlock
         self.preactivation = preactivation
         self.conv1 = conv3x3(in_channels, width)
         if not preactivation:
@@ -60,6 +73,9 @@ class ResNetCifar(FloatModel):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten(1)
         self.fc = nn.Linear(4 * width, num_classes)
+        if activation == "hardtanh":
+            for name in [name for name, module in self.named_modules() if isinstance(module, nn.ReLU)]:
+                self.set_submodule(name, nn.Hardtanh())
         self.initialise_weights()
 
     def structure(self) -> Structure:
@@ -89,6 +105,8 @@ class ResNetCifarOptions(TypedDict, total=False):
     in_channels: int
     preactivation: bool
     width: int
+    activation: Activation
+    shortcut_per_conv: bool
 
 
 def resnet8(**options: Unpack[ResNetCifarOptions]) -> ResNetCifar:

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from research.learning.mechanic import Mechanic
+from research.quant.quantizers import quantizer_class
 from research.targets import resolve_target
 from tests.learning.tiny import LSQ
 
@@ -84,7 +85,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def recipe(name: str) -> dict[str, Any]:
     """A quantizer's own file, at one width everywhere."""
-    config = {"quantizer": {**read_yaml(CONF / f"quantizer/{name}.yaml"), "bits": BITS, "rules": []}}
+    bits = min(BITS, quantizer_class(name).max_bits)
+    config = {"quantizer": {**read_yaml(CONF / f"quantizer/{name}.yaml"), "bits": bits, "rules": []}}
     resolved: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     return dict(resolved["quantizer"])
 

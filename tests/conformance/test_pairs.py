@@ -120,6 +120,6 @@ def named_sets(path: Path) -> Iterator[dict[str, Any]]:
 def test_every_set_that_an_experiment_or_a_sweep_names_trains(path: Path, tmp_path: Path) -> None:
     checkpoint = float_weights(tmp_path / "float.safetensors", RESNET)
     for config in named_sets(path):
-        recipe = {**config["quantizer"], "rules": [], "table": None}
+        recipe = {**config["quantizer"], "rules": [], "replace": [], "table": None}
         module = make_module(config["callbacks"], model=RESNET, quantizer=recipe, checkpoint=checkpoint)
         assert steps(module) == 2

@@ -15,6 +15,9 @@ REGISTRY: dict[str, str] = {
     "dorefa": "research.quant.quantizers.dorefa.DoReFa",
     "ewgs": "research.quant.quantizers.ewgs.EWGS",
     "liq": "research.quant.quantizers.liq.LIQ",
+    "n2uq": "research.quant.quantizers.n2uq.N2UQ",
+    "lq_nets": "research.quant.quantizers.lq_nets.LQNets",
+    "binary": "research.quant.quantizers.binary.Binary",
 }
 
 

@@ -89,6 +89,7 @@ class Quantizer(nn.Module):
         owns_weight: the quantizer holds the parameters of the weight itself; the layer freezes its own.
         parameter_options: optimizer options of own parameters by name, e.g. ``{"scale": {"weight_decay": 0.0}}``.
         min_bits: least width for which the quantizer is defined, by role.
+        max_bits: greatest width for which it is defined.
     """
 
     backward: ClassVar[Literal["surrogate", "gradient_dependent"]] = "surrogate"
@@ -96,6 +97,7 @@ class Quantizer(nn.Module):
     owns_weight: ClassVar[bool] = False
     parameter_options: ClassVar[dict[str, dict[str, float]]] = {}
     min_bits: ClassVar[dict[str, int]] = {"weight": 1, "input": 1, "output": 1}
+    max_bits: ClassVar[int] = MAX_BITS
     channelwise: ClassVar[bool] = True
     bits: Tensor
     signed: Tensor
@@ -107,6 +109,8 @@ class Quantizer(nn.Module):
             raise ValueError(
                 f"quantizer.{role}.bits={spec.bits}: {spec.name} of a {role} needs at least {self.min_bits[role]}"
             )
+        if spec.bits > self.max_bits:
+            raise ValueError(f"quantizer.{role}.bits={spec.bits}: {spec.name} has at most {self.max_bits}, use that")
         if spec.granularity == "channel" and not self.channelwise:
             raise ValueError(f"quantizer.{role}.granularity=channel: {spec.name} has one range per tensor, use tensor")
         if spec.granularity == "channel" and channel_axis is None:
