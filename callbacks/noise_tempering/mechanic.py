@@ -106,10 +106,16 @@ class NoiseTempering(Mechanic):
         self.hessian = HessianScale("callbacks.noise_tempering.hessian", **(hessian or {}))
 
     def attach(self, module: QuantModule) -> None:
-        """Put a tempered quantizer in the place of every LSQ quantizer."""
+        """Put a tempered quantizer in the place of every quantizer; all must be LSQ's."""
+        for name, quantizer in quantizers(module.net):
+            if type(quantizer) is not LSQ:
+                raise ValueError(
+                    f"callbacks.noise_tempering: {name} is {type(quantizer).__name__}, which it cannot temper; use "
+                    "quantizer=lsq"
+                )
         self.quantizers = _replaced(module.net, LSQ, lambda source: TemperedLSQ(source, self.tempering))
         if not self.quantizers:
-            raise ValueError("callbacks.noise_tempering: the network has no lsq quantizer to temper, use quantizer=lsq")
+            raise ValueError("callbacks.noise_tempering: the network has no quantizer to temper, use quantizer=lsq")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of noise that is still there at the end."""

@@ -163,7 +163,7 @@ def test_refusals_name_their_key(options: dict[str, Any], message: str) -> None:
 
 def test_a_network_of_other_quantizers_is_refused() -> None:
     recipe = {role: {**spec, "name": "minmax", "init": "minmax"} for role, spec in RECIPE.items()}
-    with pytest.raises(ValueError, match="no lsq quantizer to temper, use quantizer=lsq"):
+    with pytest.raises(ValueError, match="conv1.input_quantizer is MinMax, which it cannot temper; use quantizer=lsq"):
         make_module({"noise_tempering": {"_target_": TARGET}}, quantizer=recipe)
 
 
