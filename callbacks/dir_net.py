@@ -124,7 +124,12 @@ class DIRNet(Mechanic):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the teacher from the run's float weights."""
         if self.beta and not self._teacher:
-            teacher = self.module.initial_network().to(pl_module.device).eval().requires_grad_(False)
+            teacher = (
+                self.module.initial_network()
+                .to(pl_module.device, self.module.network_dtype)
+                .eval()
+                .requires_grad_(False)
+            )
             self._teacher.append(teacher)
             self._teacher_taps.append(Taps(teacher, self.taps))
 

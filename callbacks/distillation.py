@@ -137,7 +137,7 @@ class Distillation(Mechanic):
         """Build the teacher."""
         if not self._teacher:
             with torch.random.fork_rng(devices=[]):  # the random initialisation it replaces is nobody's noise
-                self.teacher = self.build_teacher().to(pl_module.device)
+                self.teacher = self.build_teacher().to(pl_module.device, self.module.network_dtype)
 
     def build_teacher(self) -> nn.Module:
         """The network that ``teacher`` names; nothing is unpickled, and configs may name allowed classes only.

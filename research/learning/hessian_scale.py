@@ -47,10 +47,7 @@ class HessianScale:
         if epoch == 0 or epoch % self.every_n_epochs:
             return None
         source: Any = trainer.datamodule  # type: ignore[attr-defined]
-        batches = [
-            module.transfer_batch_to_device(batch, module.device, 0)
-            for batch in source.calibration_batches(self.batches, self.batch_size)
-        ]
+        batches = [module.placed(batch) for batch in source.calibration_batches(self.batches, self.batch_size)]
 
         def loss(net: nn.Module, batch: Any) -> Tensor:
             return module.task.evaluate(net, batch)[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,17 @@ class QuantModule(pl.LightningModule):
     def forward(self, x: Tensor) -> Any:
         """What the network makes of ``x``."""
         return self.net(x)
+
+    def placed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A batch from outside the Trainer's loop, on the network's device, floating-point tensors in its dtype."""
+        return [
+            tensor.to(self.device, self.network_dtype if tensor.is_floating_point() else None) for tensor in tensors
+        ]
+
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """Of the network's parameters: float32, or float64 with ``precision: 64-true`` of a Trainer."""
+        return next(self.net.parameters()).dtype
 
     # -- training ----------------------------------------------------------------------------------------------
 

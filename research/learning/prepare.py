@@ -68,7 +68,7 @@ class Preparation(Callback):
             log.info("float weights from %s", pl_module.checkpoint.name)
         data = self.calibration_data(trainer)
         if any(True for _ in quantizers(pl_module.net)):
-            calibrate(pl_module.net, [pl_module.transfer_batch_to_device(x, pl_module.device, 0) for x, _ in data])
+            calibrate(pl_module.net, pl_module.placed([x for x, _ in data]))
             log.info("ranges calibrated on %d images", sum(len(y) for _, y in data))
         for mechanic in pl_module.active:
             mechanic.prepare(pl_module, data)
