@@ -14,7 +14,7 @@ from torch import Tensor
 from research.learning.double_backward import layer_weights
 from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
 from research.learning.mechanic import Claim, Mechanic
-from research.learning.perturbation import EPS, joint_norm, sam_perturbation
+from research.learning.perturbation import EPS, joint_norm, moved_parameters, named_gradients, sam_perturbation
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -143,17 +143,16 @@ class HERO(Mechanic):
                 before = cloned_buffers(module.net)
                 first = objective(batch, state)
                 parameters = {name: p for name, p in module.net.named_parameters() if p.requires_grad}
-                clean = _gradients(first.loss, parameters)
+                clean = named_gradients(first.loss, parameters)
                 perturbation = hero_perturbation(clean, parameters, self.radius, self.adaptive)
                 rewind()
-                start = {**dict(module.net.named_parameters()), **(state or {})}
-                moved: dict[str, Tensor] = {name: start[name] + e for name, e in perturbation.items()}
+                moved = moved_parameters(module.net, state, perturbation)
                 buffers = before if self.statistics == "counted" else {}
                 second = objective(batch, {**(state or {}), **buffers, **moved})
             if not self.penalising:
                 terms = {**first.terms, "hero": torch.zeros_like(second.loss)}
                 return Evaluation(batch, second.loss, first.outputs, terms, first.taps)
-            perturbed = _gradients(second.loss, {name: parameters[name] for name in clean}, create_graph=True)
+            perturbed = named_gradients(second.loss, {name: parameters[name] for name in clean}, create_graph=True)
             names = [name for name in clean if name in self.penalised]
             moves = curvature_penalty([perturbed[n] for n in names], [clean[n] for n in names], self.penalty)
             hero = self.strength * moves
@@ -166,9 +165,3 @@ class HERO(Mechanic):
             return Evaluation(batch, second.loss + hero, first.outputs, terms, first.taps)
 
         return curvature_penalised
-
-
-def _gradients(loss: Tensor, parameters: Mapping[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
-    """Gradients by name, of the parameters that the loss depends on."""
-    found = torch.autograd.grad(loss, list(parameters.values()), create_graph=create_graph, allow_unused=True)
-    return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
 from research.learning.mechanic import Claim, Mechanic
-from research.learning.perturbation import asam_perturbation, sam_perturbation
+from research.learning.perturbation import (
+    asam_perturbation,
+    average_over_processes,
+    moved_parameters,
+    named_gradients,
+    sam_perturbation,
+)
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -60,12 +65,9 @@ class SAM(Mechanic):
     def perturbation(self, module: QuantModule, loss: Tensor) -> dict[str, Tensor]:
         """The step's perturbation by parameter name, without gradient."""
         parameters = {name: p for name, p in module.net.named_parameters() if p.requires_grad}
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
-        if self.sync_perturbation and torch.distributed.is_initialized():
-            for gradient in gradients.values():
-                torch.distributed.all_reduce(gradient)
-                gradient /= torch.distributed.get_world_size()
+        gradients = named_gradients(loss, parameters)
+        if self.sync_perturbation:
+            average_over_processes(gradients)
         if self.adaptive:
             return asam_perturbation(gradients, parameters, self.rho, self.eta)
         return sam_perturbation(gradients, self.rho)
@@ -80,8 +82,7 @@ class SAM(Mechanic):
                 first = objective(batch, state)
                 perturbation = self.perturbation(module, first.loss)
                 rewind()
-                start = {**dict(module.net.named_parameters()), **(state or {})}
-                moved: dict[str, Tensor] = {name: start[name] + p for name, p in perturbation.items()}
+                moved = moved_parameters(module.net, state, perturbation)
                 buffers = before if self.statistics == "counted" else {}
                 second = objective(batch, {**(state or {}), **buffers, **moved})
             return Evaluation(batch, second.loss, first.outputs, first.terms, first.taps)

@@ -14,7 +14,14 @@ from torch.func import functional_call
 
 from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
 from research.learning.mechanic import Claim, Mechanic
-from research.learning.perturbation import asam_perturbation, qasam_perturbation, sam_perturbation
+from research.learning.perturbation import (
+    asam_perturbation,
+    average_over_processes,
+    moved_parameters,
+    named_gradients,
+    qasam_perturbation,
+    sam_perturbation,
+)
 from research.quant.kinds import BIASES, Kind, parameter_kinds
 from research.quant.layers import quant_layers
 from research.quant.passes import weight_leaves
@@ -98,12 +105,9 @@ class SAQ(Mechanic):
 
     def gradients(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradient of ``loss`` at every leaf that it depends on, by name; averaged over processes if asked to."""
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
-        if self.sync_perturbation and torch.distributed.is_initialized():
-            for gradient in gradients.values():
-                torch.distributed.all_reduce(gradient)
-                gradient /= torch.distributed.get_world_size()
+        gradients = named_gradients(loss, leaves)
+        if self.sync_perturbation:
+            average_over_processes(gradients)
         return gradients
 
     def perturbation(
@@ -144,7 +148,7 @@ class SAQ(Mechanic):
                 behind: dict[str, Tensor] = {}
                 if self.case != 2:
                     behind = {layer: moves.pop(f"{layer}.weight") for layer in offsets if f"{layer}.weight" in moves}
-                moved = {name: start[name] + move for name, move in moves.items()}
+                moved = moved_parameters(net, state, moves)
                 buffers = before if self.statistics == "counted" else {}
                 rewind()
                 with weight_leaves(net, behind):

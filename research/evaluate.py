@@ -9,11 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from research.cli import command
-from research.config import build_data
 from research.deploy import load_artifact, parity_report
 from research.learning.finalise import measure
 from research.quant.ptq import quantized_copy
-from research.results import artifact_places, test_batches
+from research.results import artifact_places, recorded_data, test_batches
 from research.runs.folder import RunFolder
 from research.runs.ptq import write_ptq
 from research.runs.records import read_config, read_summary
@@ -34,9 +33,8 @@ def evaluate(folder: RunFolder, paths: dict[str, str], onnx: bool = False) -> li
         One row per deployment: ``name``, ``accuracy``, ``loss``, ``recorded_accuracy`` of the summary, and with
         ``onnx`` the parity report.
     """
-    config = {**read_config(folder.config_path), "paths": paths}
-    data = build_data(config, trusted=False)
-    task = resolve_target(config["task"], key="task")
+    data = recorded_data(folder, paths)
+    task = resolve_target(read_config(folder.config_path)["task"], key="task")
     places = artifact_places(folder)
     recorded = {row["name"]: row["accuracy"] for row in read_summary(folder.summary_path)["deployments"]}
     batches = test_batches(data)
@@ -67,9 +65,8 @@ def evaluate_ptq(
     Raises:
         ValueError: the run is not finished or has quantizers, or widths or range are not offered.
     """
-    config = {**read_config(folder.config_path), "paths": paths}
-    data = build_data(config, trusted=False)
-    task = resolve_target(config["task"], key="task")
+    data = recorded_data(folder, paths)
+    task = resolve_target(read_config(folder.config_path)["task"], key="task")
     nets = {name: load_artifact(place) for name, place in artifact_places(folder).items()}
     variants = {(name, bits): quantized_copy(net, bits, init) for name, net in nets.items() for bits in widths}
     batches = test_batches(data)

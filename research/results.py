@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
+from research.config import build_data
 from research.data import ImageDataModule
 from research.deploy import export_onnx, parity_report, save_artifact
 from research.learning.finalise import SINGLE, finalise, measure
@@ -22,7 +23,7 @@ from research.runs.checkpoint import load_checkpoint
 from research.runs.environment import snapshot
 from research.runs.files import atomic_write_bytes
 from research.runs.folder import RunFolder
-from research.runs.records import read_summary, write_summary
+from research.runs.records import read_config, read_summary, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,11 @@ def hardware(environment: Mapping[str, Any], device: str) -> str:
     if device == "cuda":
         return str(environment["gpus"][0])
     return f"{environment['cpu']}, {environment['cores']} cores"
+
+
+def recorded_data(folder: RunFolder, paths: Mapping[str, str]) -> ImageDataModule:
+    """The data of a recorded run, where ``paths`` says; its config may name nothing outside the allow-list."""
+    return build_data({**read_config(folder.config_path), "paths": dict(paths)}, trusted=False)
 
 
 def statistics_batches(data: ImageDataModule, count: int) -> list[Tensor]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from callbacks.noise_tempering.quantizer import DISTRIBUTIONS, NoiseDist, TemperedLSQ, Tempering
+from callbacks.noise_tempering.quantizer import DeltaLearn, GradScale, NoiseDist, NoiseSite, TemperedLSQ, Tempering
 from research.learning.hessian_scale import HessianScale
 from research.learning.mechanic import Claim, Mechanic
 from research.learning.module import QuantModule
@@ -21,9 +21,6 @@ from research.quant.layers import quantizers, replace_module
 from research.quant.quantizers.lsq import LSQ
 
 log = logging.getLogger(__name__)
-GradScale = Literal["elementwise", "scalar"]
-DeltaLearn = Literal["carrier", "shared", "hessian", "fixed"]
-NoiseSite = Literal["forward", "grad"]
 DELTA_LIMIT = 2.0
 NEGLIGIBLE = 0.01
 
@@ -74,7 +71,7 @@ class NoiseTempering(Mechanic):
         delta_learn: DeltaLearn = "carrier",
         hessian: dict[str, Any] | None = None,
     ) -> None:
-        _one_of("noise_dist", noise_dist, DISTRIBUTIONS)
+        _one_of("noise_dist", noise_dist, get_args(NoiseDist))
         _one_of("noise_site", noise_site, get_args(NoiseSite))
         _one_of("grad_scale", grad_scale, get_args(GradScale))
         _one_of("delta_learn", delta_learn, get_args(DeltaLearn))

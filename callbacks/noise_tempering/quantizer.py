@@ -18,7 +18,9 @@ from research.quant.quantizers.lsq import LSQ
 from research.quant.ste import scale_gradient
 
 NoiseDist = Literal["uniform", "one", "bernoulli", "gauss", "blind"]
-DISTRIBUTIONS = ("uniform", "one", "bernoulli", "gauss", "blind")
+NoiseSite = Literal["forward", "grad"]
+GradScale = Literal["elementwise", "scalar"]
+DeltaLearn = Literal["carrier", "shared", "hessian", "fixed"]
 
 
 def draw(dist: NoiseDist, error: Tensor, scale: Tensor) -> Tensor:
@@ -96,10 +98,10 @@ class Tempering:
 
     noisy: bool = True
     noise_dist: NoiseDist = "uniform"
-    noise_site: Literal["forward", "grad"] = "forward"
-    grad_scale: Literal["elementwise", "scalar"] = "elementwise"
+    noise_site: NoiseSite = "forward"
+    grad_scale: GradScale = "elementwise"
     delta: float = 0.02
-    delta_learn: Literal["carrier", "shared", "hessian", "fixed"] = "carrier"
+    delta_learn: DeltaLearn = "carrier"
 
 
 class TemperedLSQ(LSQ):

@@ -150,13 +150,5 @@ def settle(layer: QuantLayer) -> None:
     """
     quantizer = layer.weight_quantizer
     assert quantizer is not None
-    codes, zero_point = used_codes(layer), quantizer.zero_point
-    layer.weight_quantizer = DeployedWeight(
-        quantizer.spec,
-        quantizer.grid,
-        quantizer.bits.detach().clone(),
-        codes,
-        quantizer.scale.detach().clone(),
-        None if zero_point is None else zero_point.detach().clone(),
-    ).to(codes.device)
+    layer.weight_quantizer = DeployedWeight.of(quantizer, used_codes(layer))
     layer.weight_override = None

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from research.learning.evaluation import Network, State
-from research.learning.perturbation import joint_norm, qasam_perturbation, sam_perturbation
+from research.learning.perturbation import (
+    joint_norm,
+    moved_parameters,
+    named_gradients,
+    qasam_perturbation,
+    sam_perturbation,
+)
 from research.quant.kinds import BIASES, Kind, parameter_kinds
 from research.quant.layers import quantized_weights
 from research.quant.passes import evaluating, weight_leaves
@@ -65,11 +71,9 @@ def accumulated_gradients(
     mean, gradients = 0.0, dict[str, Tensor]()
     for batch, share in shares(batches):
         value = share * loss(network, batch)
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         mean += value.item()
-        for name, gradient in zip(leaves, found, strict=True):
-            if gradient is not None:
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        for name, gradient in named_gradients(value, leaves).items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
     return mean, gradients
 
 
@@ -113,7 +117,7 @@ def saq_sharpness(
         points = {**own, **weights}
         moves = qasam_perturbation(gradients, points, plain, rho, eta) if adaptive else sam_perturbation(gradients, rho)
         behind = {layer: moves.pop(f"{layer}.weight") for layer in offsets if f"{layer}.weight" in moves}
-        moved = {name: own[name] + move for name, move in moves.items()}
+        moved = moved_parameters(net, None, moves)
         with torch.no_grad(), weight_leaves(net, behind):
             perturbed = sum(share * loss(_at(net, moved), batch).item() for batch, share in shares(batches))
     return Sharpness(clean, perturbed, float(joint_norm(gradients)))

@@ -46,6 +46,19 @@ class DeployedWeight(Quantizer):
         self.register_buffer("stored_scale", scale)
         self.register_buffer("stored_zero_point", zero_point)
 
+    @classmethod
+    def of(cls, quantizer: Quantizer, codes: Tensor) -> DeployedWeight:
+        """``codes`` with the grid, width, scale and zero point that ``quantizer`` has now, on their device."""
+        zero_point = quantizer.zero_point
+        return cls(
+            quantizer.spec,
+            quantizer.grid,
+            quantizer.bits.detach().clone(),
+            codes,
+            quantizer.scale.detach().clone(),
+            None if zero_point is None else zero_point.detach().clone(),
+        ).to(codes.device)
+
     @property
     def grid(self) -> Grid:
         """The grid of the codes."""
@@ -140,15 +153,7 @@ def _select_width(net: nn.Module) -> None:
 def _fixed(name: str, layer: QuantLayer, quantizer: Quantizer) -> DeployedWeight:
     """The fixed codes of a layer, proven to give its quantized weight bit for bit."""
     codes = quantizer.codes(layer.float_weight())  # first: the scale of some quantizers follows from the weight
-    zero_point = quantizer.zero_point
-    fixed = DeployedWeight(
-        quantizer.spec,
-        quantizer.grid,
-        quantizer.bits.detach().clone(),
-        codes,
-        quantizer.scale.detach().clone(),
-        None if zero_point is None else zero_point.detach().clone(),
-    ).to(codes.device)
+    fixed = DeployedWeight.of(quantizer, codes)
     if not torch.equal(fixed(layer.weight), layer.quantized_weight()):
         raise ValueError(
             f"{name}: its weight is not what the codes of its {type(quantizer).__name__} stand for (a mode other than "

@@ -1,11 +1,13 @@
-"""Worst-case perturbations of a given radius: pure functions of gradients, one joint norm over all tensors."""
+"""Worst-case perturbations of a given radius: the gradients, one joint norm over all tensors, the moved parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from research.learning.evaluation import State
 
 EPS = 1e-12
 
@@ -14,6 +16,26 @@ def joint_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     """L2 norm of all tensors together, in float32 or wider; 0-dim."""
     wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors.values()]
     return torch.stack([tensor.square().sum() for tensor in wide]).sum().sqrt()
+
+
+def named_gradients(loss: Tensor, leaves: Mapping[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
+    """Gradients of ``loss`` (0-dim) by name, of the leaves that it depends on."""
+    found = torch.autograd.grad(loss, list(leaves.values()), create_graph=create_graph, allow_unused=True)
+    return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+
+
+def average_over_processes(gradients: Mapping[str, Tensor]) -> None:
+    """Replace every gradient by its mean over all processes, in place; alone it stays as it is."""
+    if torch.distributed.is_initialized():
+        for gradient in gradients.values():
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
+
+
+def moved_parameters(net: nn.Module, state: State | None, moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of ``net``, or those that ``state`` has in their place, plus ``moves``; by name, the moved ones."""
+    start = {**dict(net.named_parameters()), **(state or {})}
+    return {name: start[name] + move for name, move in moves.items()}
 
 
 def sam_perturbation(gradients: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:

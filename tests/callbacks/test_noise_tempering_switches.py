@@ -1,13 +1,13 @@
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from callbacks.noise_tempering import NoiseTempering, TemperedLSQ
-from callbacks.noise_tempering.quantizer import DISTRIBUTIONS, draw, error_aware_gradient
+from callbacks.noise_tempering.quantizer import NoiseDist, draw, error_aware_gradient
 from research.learning.finalise import finalise
 from research.quant.layers import quantizers
 from research.quant.quantizers.lsq import LSQ
@@ -18,7 +18,7 @@ from tests.learning.tiny import fit, float_weights, make_module, state, tiny_net
 # -- switches ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dist", [dist for dist in DISTRIBUTIONS if dist != "one"])
+@pytest.mark.parametrize("dist", [dist for dist in get_args(NoiseDist) if dist != "one"])
 def test_every_distribution_has_its_mean_and_variance(dist: Any) -> None:
     torch.manual_seed(0)
     u = draw(dist, torch.full((200_000,), 0.3), torch.tensor(0.8)) / (0.8 if dist == "blind" else 0.3)

@@ -90,6 +90,7 @@ class Quantizer(nn.Module):
         parameter_options: optimizer options of own parameters by name, e.g. ``{"scale": {"weight_decay": 0.0}}``.
         min_bits: least width for which the quantizer is defined, by role.
         max_bits: greatest width for which it is defined.
+        midrise: the codes are those of a mid-rise grid, not of a uniform one.
     """
 
     backward: ClassVar[Literal["surrogate", "gradient_dependent"]] = "surrogate"
@@ -99,6 +100,7 @@ class Quantizer(nn.Module):
     min_bits: ClassVar[dict[str, int]] = {"weight": 1, "input": 1, "output": 1}
     max_bits: ClassVar[int] = MAX_BITS
     channelwise: ClassVar[bool] = True
+    midrise: bool = False
     bits: Tensor
     signed: Tensor
     initialised: Tensor
@@ -137,11 +139,15 @@ class Quantizer(nn.Module):
     @property
     def grid(self) -> Grid:
         """The grid of the codes."""
+        if self.midrise:
+            return Grid("midrise")
         signed = bool(self.signed)
         return Grid("uniform", signed, self.spec.narrow and signed)
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """``(qmin, qmax)`` at the present width, float32 tensors without gradient."""
+        if self.midrise:
+            return Grid("midrise").limits(self.bits)
         return code_limits(self.bits, self.signed, self.spec.narrow)
 
     @property

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from research.quant.clipping import clip_codes
-from research.quant.grid import Grid
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ste import straight_through
 
@@ -61,15 +60,6 @@ class DoReFa(Quantizer):
                 f"quantizer.weight: {spec.name}'s mid-rise grid is signed and symmetric, use signed=true, narrow=false"
             )
         self.register_buffer("magnitude", torch.ones(()))
-
-    @property
-    def grid(self) -> Grid:
-        """Mid-rise for weights, uniform for inputs (and for weights with ``weight_grid: uniform``)."""
-        return Grid("midrise") if self.midrise else super().grid
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """``(qmin, qmax)`` at the present width."""
-        return Grid("midrise").limits(self.bits) if self.midrise else super().limits()
 
     def _scale(self, magnitude: Tensor) -> Tensor:
         """Scale with this mean or greatest magnitude of the weights."""

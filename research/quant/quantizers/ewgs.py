@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from research.quant.grid import Grid
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ste import round_ste
 
@@ -119,15 +118,6 @@ class EWGS(Quantizer):
         self.lower = nn.Parameter(torch.tensor(-1.0 if self.midrise else 0.0))
         self.upper = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("delta", torch.tensor(float(delta)))
-
-    @property
-    def grid(self) -> Grid:
-        """Mid-rise for weights, unsigned uniform for inputs."""
-        return Grid("midrise") if self.midrise else super().grid
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """``(qmin, qmax)`` at the present width."""
-        return Grid("midrise").limits(self.bits) if self.midrise else super().limits()
 
     @property
     def scale(self) -> Tensor:

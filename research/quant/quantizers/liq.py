@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from research.quant.grid import Grid
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ste import round_ste
 
@@ -69,15 +68,6 @@ class LIQ(Quantizer):
         self.normalise = self.midrise and (len(self.shape) == 4 if normalise == "auto" else bool(normalise))
         self.initial_clip = clip
         self.raw_clip = nn.Parameter(torch.tensor(1.0 if clip is None else float(clip)))
-
-    @property
-    def grid(self) -> Grid:
-        """Mid-rise for weights, uniform for inputs."""
-        return Grid("midrise") if self.midrise else super().grid
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """``(qmin, qmax)`` at the present width."""
-        return Grid("midrise").limits(self.bits) if self.midrise else super().limits()
 
     @property
     def clip(self) -> Tensor:

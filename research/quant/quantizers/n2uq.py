@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from research.quant.grid import Grid
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.quantizers.liq import round_midrise
 from research.quant.ranges import initial_scale, reduced_axes
@@ -108,15 +107,6 @@ class N2UQ(Quantizer):
         for name, value in learned.items():
             self.register_parameter(name, None if self.midrise else nn.Parameter(value))
         self.register_buffer("magnitude", torch.ones(self.state_shape))
-
-    @property
-    def grid(self) -> Grid:
-        """Mid-rise for weights, unsigned uniform for inputs."""
-        return Grid("midrise") if self.midrise else super().grid
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """``(qmin, qmax)`` at the present width."""
-        return Grid("midrise").limits(self.bits) if self.midrise else super().limits()
 
     @property
     def scale(self) -> Tensor:
