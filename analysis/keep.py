@@ -31,8 +31,9 @@ def keep(folder: RunFolder, output: Path) -> Path:
     ]
     if ptq_path(folder).is_file():
         paths.append(ptq_path(folder))
+    paths += sorted(folder.measurements.glob("*.json"))
     for path in paths:
-        atomic_write_bytes(place / path.name, path.read_bytes())
+        atomic_write_bytes(place / path.relative_to(folder.path), path.read_bytes())
     return place
 
 

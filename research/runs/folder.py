@@ -109,6 +109,11 @@ class RunFolder:
         return self.path / "final.safetensors"
 
     @property
+    def measurements(self) -> Path:
+        """Folder of what was measured on the finished run afterwards."""
+        return self.path / "measurements"
+
+    @property
     def wandb(self) -> Path:
         """Folder of the W&B run."""
         return self.path / "wandb"
