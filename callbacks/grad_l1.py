@@ -47,6 +47,7 @@ class GradL1(Mechanic):
         if strength < 0:
             raise ValueError(f"callbacks.grad_l1.strength={strength}: use 0 or more")
         self.strength = strength
+        self.needs_double_backward = strength > 0
         self.penalised: list[str] = []
 
     def attach(self, module: QuantModule) -> None:

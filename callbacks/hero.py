@@ -105,6 +105,7 @@ class HERO(Mechanic):
             raise ValueError(f"callbacks.hero.statistics={statistics}: use counted or all")
         self.radius = radius
         self.strength = strength
+        self.needs_double_backward = radius > 0 and strength > 0
         self.adaptive = adaptive
         self.warmup_epochs = warmup_epochs
         self.penalty = penalty

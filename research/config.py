@@ -67,6 +67,7 @@ def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
         mechanics=config["callbacks"],
         precision=str(config["trainer"]["precision"]),
         compile=config["compile"],
+        recompute=config["recompute"],
         channels_last=config["channels_last"],
         seed=config["seed"],
         checkpoint=initial_checkpoint(config["init_from"], config["paths"]),

@@ -31,6 +31,7 @@ class Training:
     seed: int
     init_from: str | None
     compile: str
+    recompute: bool
     channels_last: bool
     calibration: Section
     checkpoint: Section

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,21 @@ from torchmetrics import MeanMetric
 from research.learning.composition import check_composition, compose_objective, ordered, plan
 from research.learning.double_backward import require_second_derivatives
 from research.learning.evaluation import Evaluation, Objective, State
+from research.learning.execution import COMPILE, choose_execution, execute_as, has_compiler
 from research.learning.mechanic import Mechanic
 from research.learning.optim import build_optimizer, build_scheduler
+from research.learning.recompute import recomputed_activations
 from research.learning.taps import Taps
 from research.learning.tasks import Task
 from research.models import load_float_checkpoint
 from research.models.structure import FloatModel
 from research.quant.convert import convert
+from research.quant.passes import use_kernels
 from research.quant.recipe import Recipe, Table, format_table
 from research.runs.rng import rng_state, set_rng_state
 from research.targets import resolve_target
 
-COMPILE = ("none", "network")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,7 +59,8 @@ class QuantModule(pl.LightningModule):
         scheduler: ``{name: cosine, ...}``.
         mechanics: ``{slug: {_target_: ..., ...}}``.
         precision: ``32`` or ``bf16``; what the Trainer runs in, for the mechanics' check.
-        compile: ``none`` or ``network``.
+        compile: ``none``, ``quantizers``, ``network`` or ``auto`` (see ``research.learning.execution``).
+        recompute: keep no activation that follows from a batch-norm's input; eager networks only.
         channels_last: keep the network's 4-D parameters in channels-last memory format.
         seed: the run's seed.
         checkpoint: float weights to start from (a safetensors file); not a hyper-parameter, used by fresh runs and
@@ -77,6 +83,7 @@ class QuantModule(pl.LightningModule):
         mechanics: Mapping[str, Mapping[str, Any]] | None = None,
         precision: str = "32",
         compile: str = "none",
+        recompute: bool = False,
         channels_last: bool = True,
         seed: int = 0,
         checkpoint: Path | None = None,
@@ -85,6 +92,8 @@ class QuantModule(pl.LightningModule):
         super().__init__()
         if compile not in COMPILE:
             raise ValueError(f"compile={compile}: use one of {', '.join(COMPILE)}")
+        if recompute and compile in ("network", "auto"):
+            raise ValueError(f"recompute=true: a compiled network decides itself what it keeps, not with {compile=!s}")
         self.save_hyperparameters(ignore=["trusted", "checkpoint"])
         self.checkpoint = checkpoint
         self.trusted = trusted
@@ -98,6 +107,7 @@ class QuantModule(pl.LightningModule):
         self.progress = Progress(seed=seed)
         self.table: Table = {}
         self.taps: Taps | None = None
+        self.execution = "execution: chosen when the length of the run is known"
         self.register_buffer("prepared", torch.tensor(False))
         self.train_loss = MeanMetric()
         self.train_metrics = self.task.metrics("train/")
@@ -141,8 +151,13 @@ class QuantModule(pl.LightningModule):
         self._ddp_params_and_buffers_to_ignore = [
             f"mechanics.{name}" for name, buffer in self.mechanics.named_buffers() if buffer.ndim > 0
         ]
-        if self.hparams["compile"] == "network":
-            self.net.compile(options={"fallback_random": True})  # noise as in eager mode; on CPUs also faster
+        if self.hparams["compile"] != "auto":  # which has to know the length of the run
+            self._execute(0)
+
+    def _execute(self, steps: int) -> None:
+        """Run the network from now on as ``compile`` says for a run of ``steps`` optimizer steps."""
+        execution = choose_execution(self.hparams["compile"], steps, self.active, has_compiler())
+        self.execution = execute_as(self.net, execution, self.active)
 
     def float_network(self) -> FloatModel:
         """A fresh float network of the run's architecture, randomly initialised."""
@@ -165,8 +180,8 @@ class QuantModule(pl.LightningModule):
         return net
 
     def describe(self) -> str:
-        """The resolved per-layer table and the plan of mechanics, as text."""
-        return f"{format_table(self.table)}\n{plan(self.active)}"
+        """The resolved per-layer table, the plan of mechanics and how the network runs, as text."""
+        return f"{format_table(self.table)}\n{plan(self.active)}\n{self.execution}"
 
     def configure_optimizers(self) -> Any:
         """The (composite) optimizer and its per-step schedule."""
@@ -177,6 +192,9 @@ class QuantModule(pl.LightningModule):
         if math.isinf(total):
             raise ValueError("trainer.max_epochs=-1: schedules need the length of the run; use e.g. max_epochs=100")
         self.progress.total = int(total)
+        if self.hparams["compile"] == "auto":
+            self._execute(self.progress.total)
+            log.info(self.execution)
         scheduler = build_scheduler(optimizer, self.hparams["scheduler"] or {"name": "constant"}, self.progress.total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -188,7 +206,9 @@ class QuantModule(pl.LightningModule):
         def net(*inputs: Tensor) -> Any:
             return self.net(*inputs) if state is None else functional_call(self.net, dict(state), inputs)
 
-        outputs, loss = self.task.evaluate(net, batch)
+        keeping = recomputed_activations(self.net) if self.hparams["recompute"] else nullcontext()
+        with keeping:
+            outputs, loss = self.task.evaluate(net, batch)
         taps = self.taps.take() if self.taps is not None else {}
         return Evaluation(batch=batch, loss=loss, outputs=outputs, terms={"task": loss}, taps=taps)
 
@@ -281,6 +301,7 @@ class QuantModule(pl.LightningModule):
         for handle in taps:
             for module in net.modules():
                 module._forward_hooks.pop(handle.id, None)
+        use_kernels(net, None)
         return net.eval()
 
 

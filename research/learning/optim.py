@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from research.learning.mechanic import Mechanic, ParameterGroup
+from research.quant.output_scale import OutputScale
 from research.quant.quantizers import Quantizer
 from research.targets import resolve_target
 
@@ -99,6 +100,8 @@ def _with_lr(group: Group, config: Mapping[str, Any]) -> Group:
 def _quantizer_options(net: nn.Module) -> dict[nn.Parameter, dict[str, float]]:
     options = {}
     for module in net.modules():
+        if isinstance(module, OutputScale):
+            options[module.output_scale] = {}
         if isinstance(module, Quantizer):
             for name, parameter in module.named_parameters(recurse=False):
                 options[parameter] = module.parameter_options.get(name, {})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from research.quant.fused import Kernels
 from research.quant.layers import quant_layers, quantizers
 from research.quant.quantizers import MODES, Mode, Quantizer
 from research.quant.widths import PerWidth, SwitchableBatchNorm2d
@@ -117,11 +118,19 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def use_kernels(net: nn.Module, kernels: Kernels | None) -> None:
+    """From now on ``net`` takes the fast path (`research.quant.fused`) wherever it has one; None: the reference."""
+    for _, quantizer in quantizers(net):
+        quantizer.kernels = kernels
+
+
 @contextmanager
 def surrogate_gradients(net: nn.Module) -> Iterator[None]:
-    """Inside the block every gradient-dependent quantizer uses the plain straight-through estimator: Hessians exist."""
+    """Inside the block Hessians exist: every quantizer takes its reference path, and those whose derivative depends on
+    the upstream gradient the plain straight-through estimator."""
     with ExitStack() as stack:
         for _, quantizer in quantizers(net):
+            stack.enter_context(rebound(quantizer, "kernels", None))
             if quantizer.backward == "gradient_dependent":
                 stack.enter_context(rebound(quantizer, "plain_ste", True))
         yield

@@ -160,7 +160,7 @@ def test_what_was_measured_is_logged() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compile": "yes"}, "compile=yes: use one of none, network"),
+        ({"compile": "yes"}, "compile=yes: use one of none, quantizers, network, auto"),
         ({"model": {"_target_": "torch.nn.Identity"}}, "model._target_=torch.nn.Identity: use a model"),
         ({"mechanics": {"sam": {"_target_": "callbacks.distillation.Distillation"}}}, "name the key distillation"),
         ({"mechanics": {"sam": {"_target_": "lightning.pytorch.Callback"}}}, "callbacks.sam._target_=.*use a Mechanic"),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from research.quant.fused import Kernels, UniformGrid, fused_fake_quantize
 from research.quant.grid import Grid, code_limits
 from research.quant.ranges import METHODS
 from research.quant.ste import round_ste
@@ -83,6 +84,8 @@ class Quantizer(nn.Module):
         initialised: boolean buffer, True once the range has been set from data (or restored).
         backward: ``surrogate`` if every derivative is that of a differentiable surrogate (so a Hessian exists),
             ``gradient_dependent`` if the rule depends on the upstream gradient.
+        kernels: the kernels of the fast path (`research.quant.fused`) where `fused_grid` allows it; None: the
+            reference, which is differentiable any number of times.
         plain_ste: a gradient-dependent quantizer uses the plain straight-through estimator, and draws no noise.
         output_scale: the values live on a fixed scale, so that the layer gets a trainable `OutputScale`.
         channelwise: per-channel granularity is defined.
@@ -123,6 +126,7 @@ class Quantizer(nn.Module):
         self.shape = tuple(shape)
         self.mode: Mode = "quantize"
         self.plain_ste = False
+        self.kernels: Kernels | None = None
         signed = spec.signed if spec.signed != "auto" else role == "weight"
         self.register_buffer("bits", torch.tensor(float(spec.bits)))
         self.register_buffer("signed", torch.tensor(bool(signed)))
@@ -196,7 +200,13 @@ class Quantizer(nn.Module):
         if self.mode == "observe":
             self.observe(x)
             return x
+        if self.kernels is not None and (grid := self.fused_grid(x)) is not None:
+            return fused_fake_quantize(x, self.scale, grid, self.kernels)
         return self.fake_quantize(self._work(x), rounding=self.mode == "quantize").to(x.dtype)
+
+    def fused_grid(self, x: Tensor) -> UniformGrid | None:
+        """What the fast path needs for ``x`` in the present mode, or None: this quantizer has the reference only."""
+        return None
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """Transform, round (unless ``rounding`` is off: mode ``relax``) and de-quantize ``x``."""

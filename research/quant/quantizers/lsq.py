@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from research.quant.clipping import check_mask, clip_codes
+from research.quant.fused import UniformGrid
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ranges import initial_scale
 from research.quant.ste import scale_gradient
@@ -69,6 +70,16 @@ class LSQ(Quantizer):
             return parameter
         qmax = self.limits()[1].to(parameter.dtype)
         return scale_gradient(parameter, lsq_gradient_factor(self._elements(x), qmax))
+
+    def fused_grid(self, x: Tensor) -> UniformGrid | None:
+        """One scale, the paper's mask, and nobody's own arithmetic."""
+        plain = type(self).fake_quantize is LSQ.fake_quantize and type(self).transform is LSQ.transform
+        if not plain or self.mode != "quantize" or self.mask != "clip_first" or self.raw_scale.ndim or self.bits.ndim:
+            return None
+        low, high = (float(limit) for limit in self.limits())
+        qmax = torch.tensor(high, dtype=torch.float64)
+        factor = float(lsq_gradient_factor(self._elements(x), qmax)) if self.gradient_factor else 1.0
+        return UniformGrid(low, high, factor)
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """Quantize ``x`` with one scale tensor, its gradient scaled, for both division and multiplication."""

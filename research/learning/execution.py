@@ -1,0 +1,68 @@
+"""How a network is run while it trains: compiled as a whole, its quantizers compiled, or eager; always the fast path
+that gives the derivatives which the mechanics need."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+
+from research.learning.mechanic import Mechanic
+from research.models.structure import FloatModel
+from research.quant.passes import use_kernels
+
+Execution = Literal["none", "quantizers", "network"]
+EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
+COMPILE = (*EXECUTIONS, "auto")
+
+PAYS_BACK: dict[Execution, int] = {"network": 800, "quantizers": 400}
+"""Optimizer steps from which compiling is faster in all (a cold compiler's cache, ResNet-20 at batch size 128)."""
+
+log = logging.getLogger(__name__)
+
+
+def choose_execution(compile: str, steps: int, mechanics: Sequence[Mechanic], compiler: bool) -> Execution:
+    """What ``compile`` means for a run.
+
+    ``auto`` compiles the whole network where the mechanics allow it and the run is long enough to pay for it, else the
+    quantizers where that pays, else nothing.
+
+    Args:
+        compile: ``none``, ``quantizers``, ``network`` or ``auto``.
+        steps: optimizer steps of the whole run.
+        mechanics: all mechanics of the run.
+        compiler: whether this machine can compile at all.
+    """
+    for execution in EXECUTIONS:
+        if compile == execution:
+            return execution
+    if not compiler or any(mechanic.needs_double_backward for mechanic in mechanics):
+        return "none"
+    return next((execution for execution, least in PAYS_BACK.items() if steps >= least), "none")
+
+
+def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechanic]) -> str:
+    """Run ``net`` so from now on; a line that says how.
+
+    The whole network is compiled in the detach form, which the compiler fuses into the layers around it. Where a
+    mechanic takes second derivatives, the quantizers stay in the detach form too.
+    """
+    if execution == "network":
+        net.compile(options={"fallback_random": True})  # noise as in eager mode; on CPUs also faster
+        return "execution: the whole network compiled"
+    needing = [mechanic.slug for mechanic in mechanics if mechanic.needs_double_backward]
+    if needing:
+        return f"execution: eager, quantizers in the detach form (callbacks.{needing[0]} takes second derivatives)"
+    use_kernels(net, "compiled" if execution == "quantizers" else "eager")
+    return f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs here: a C++ compiler, or a GPU with Triton."""
+    if torch.cuda.is_available():
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)

@@ -1,0 +1,280 @@
+"""The fast path of uniform per-tensor quantizers: few passes over memory, nothing saved that can be recomputed.
+
+Same values and same first derivatives as the detach form of `research.quant.ste`, which remains the reference: these
+functions are differentiable once and say so when asked for more. The arithmetic is written on flat tensors in memory
+order, so that one kernel serves every shape and memory format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+Kernels = Literal["eager", "compiled"]
+Limit = Any
+"""A float, or a 0-dim tensor."""
+
+BLOCK = 1 << 15
+"""Elements of a block that stays in a core's cache over all operations on it (128 KiB of float32)."""
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """What a fused quantizer needs to know besides its input and its scale.
+
+    Attributes:
+        low: least code.
+        high: greatest code.
+        gradient_factor: what the gradient of the scale is multiplied by.
+    """
+
+    low: float
+    high: float
+    gradient_factor: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """``(low, high)`` as 0-dim tensors: a compiled kernel serves every width with one graph."""
+        return _constant(self.low), _constant(self.high)
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
+def quantize(x: Tensor, scale: Tensor, low: Limit, high: Limit) -> Tensor:
+    """``s round(clip(x / s, low, high))`` of a flat tensor; ``scale`` is 0-dim (LSQ, equations 1 and 2)."""
+    return torch.round(torch.clamp(x / scale, low, high)) * scale
+
+
+def quantize_backward(x: Tensor, scale: Tensor, grad: Tensor, low: Limit, high: Limit) -> tuple[Tensor, Tensor]:
+    """Gradients of `quantize` at ``x`` (its shape) and at the scale (0-dim), straight through (LSQ, equations 3, 5).
+
+    The scale's is ``sum g (round(c) - c)`` with the clipped ``c``, plus ``sum g c`` over what was clipped.
+    """
+    codes = x / scale
+    clipped = torch.clamp(codes, low, high)
+    inside = torch.where(codes == clipped, grad, 0.0)
+    error = torch.round(clipped) - clipped
+    return inside, (grad * error + (grad - inside) * clipped).sum()
+
+
+def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
+    """Views of a flat tensor, `BLOCK` elements each but for the last."""
+    return torch.split(flat, BLOCK)
+
+
+def _blocked_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """`quantize`, block by block in place: one read of ``x`` and one write from the memory's point of view."""
+    output = torch.empty_like(x)
+    for values, target in zip(_blocks(x), _blocks(output), strict=True):
+        torch.div(values, scale, out=target)
+        target.clamp_(low, high).round_().mul_(scale)
+    return output
+
+
+def _blocked_quantize_backward(
+    x: Tensor, scale: Tensor, grad: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """`quantize_backward`, block by block in place."""
+    output = torch.empty_like(x)
+    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    size = min(BLOCK, x.numel())
+    below, above = _beside(low, x.dtype, -math.inf), _beside(high, x.dtype, math.inf)
+    first, second = torch.empty_like(x[:size]), torch.empty_like(x[:size])
+    for values, upstream, target in zip(_blocks(x), _blocks(grad), _blocks(output), strict=True):
+        clipped, rest = first[: values.numel()], second[: values.numel()]
+        torch.div(values, scale, out=clipped)
+        # the bounds count as inside: hardtanh's do not, so it gets the numbers next to them
+        torch.ops.aten.hardtanh_backward.grad_input(upstream, clipped, below, above, grad_input=target)
+        clipped.clamp_(low, high)
+        torch.round(clipped, out=rest)
+        total += torch.dot(upstream, rest.sub_(clipped))
+        total += torch.dot(torch.sub(upstream, target, out=rest), clipped)
+    return output, total
+
+
+@cache
+def _beside(value: float, dtype: torch.dtype, direction: float) -> float:
+    """The number of ``dtype`` next to ``value`` in a direction."""
+    neighbour = torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(direction, dtype=dtype))
+    return float(neighbour)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as one graph for tensors of every length."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _forward(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
+    """De-quantized ``x``, float32 or wider, in its memory format."""
+    values = _dense(x if x.dtype == torch.float64 else x.float())
+    if kernels == "compiled":
+        flat = _compiled(quantize)(_flat(values), scale, *grid.tensors)
+    else:
+        flat = (quantize if x.is_cuda else _blocked_quantize)(_flat(values), scale, grid.low, grid.high)
+    return _shaped(flat, values)
+
+
+def _backward(x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Gradients at ``x`` (its dtype) and at the scale."""
+    values = _dense(x if x.dtype == torch.float64 else x.float())
+    upstream = grad.to(values.dtype)
+    if upstream.stride() != values.stride():
+        upstream = torch.empty_like(values).copy_(upstream)
+    arguments = _flat(values), scale, _flat(upstream)
+    if kernels == "compiled":
+        inside, total = _compiled(quantize_backward)(*arguments, *grid.tensors)
+    else:
+        kernel = quantize_backward if x.is_cuda else _blocked_quantize_backward
+        inside, total = kernel(*arguments, grid.low, grid.high)
+    return _shaped(inside, values).to(x.dtype), total * grid.gradient_factor
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` in memory without gaps or overlaps, its memory format kept."""
+    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone(memory_format=torch.preserve_format)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order (1-D view)."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """Elements in memory order as a tensor of the shape and strides of ``like``."""
+    return flat.as_strided(like.shape, like.stride())
+
+
+def _refuse_second_derivatives() -> None:
+    """An error where a graph of the backward pass is asked for: parts of it would be missing without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused quantizers have first derivatives only: take second ones inside "
+            "research.quant.passes.surrogate_gradients(net), and mechanics declare needs_double_backward"
+        )
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves its input and the scale, nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
+        """Quantize and de-quantize."""
+        ctx.save_for_backward(x, scale)
+        ctx.grid, ctx.kernels = grid, kernels
+        return _forward(x, scale, grid, kernels).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Straight through inside the range."""
+        _refuse_second_derivatives()
+        x, scale = ctx.saved_tensors
+        return *_backward(x, scale, grad, ctx.grid, ctx.kernels), None, None
+
+
+class _QuantizedConvolution(torch.autograd.Function):
+    """Quantizer and convolution in one: the de-quantized input is made again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: UniformGrid,
+        convolution: Convolution,
+        kernels: Kernels,
+    ) -> Tensor:
+        """Quantize the input and convolve it with the (quantized) weight."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        weight = weight.to(dtype)
+        ctx.save_for_backward(x, scale, weight)
+        ctx.grid, ctx.convolution, ctx.kernels, ctx.bias = grid, convolution, kernels, bias
+        x_hat = _forward(x, scale, grid, kernels).to(dtype)
+        return convolution(x_hat, weight, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The convolution's gradients, the input's carried through the quantizer."""
+        _refuse_second_derivatives()
+        x, scale, weight = ctx.saved_tensors
+        x_hat = _forward(x, scale, ctx.grid, ctx.kernels).to(weight.dtype)
+        need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_x, grad_weight, grad_bias = ctx.convolution.backward(
+            grad, x_hat, weight, ctx.bias, (need_x, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        )
+        del x_hat
+        grad_scale = None
+        if need_x:
+            grad_x, grad_scale = _backward(x, scale, grad_x, ctx.grid, ctx.kernels)
+        return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A 2-D convolution's constants, zero padded, and its two directions."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        return torch.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients at input, weight and bias, as far as ``needed``."""
+        gradients = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None if bias is None else list(bias.shape),
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0, 0],
+            self.groups,
+            needed,
+        )
+        return cast("tuple[Tensor | None, Tensor | None, Tensor | None]", gradients)
+
+
+def fused_fake_quantize(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels = "eager") -> Tensor:
+    """Fake-quantize ``x`` (any shape, its dtype) with a 0-dim ``scale``; arithmetic in float32 or wider.
+
+    Equal to the detach form: the values bit for bit, the gradients up to rounding. Differentiable once.
+    """
+    result: Tensor = _FakeQuantize.apply(x, scale, grid, kernels)  # type: ignore[no-untyped-call]
+    return result
+
+
+def fused_quantized_convolution(
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: UniformGrid,
+    convolution: Convolution,
+    kernels: Kernels = "eager",
+) -> Tensor:
+    """Convolution of the fake-quantized ``x`` (N, C, H, W); saves ``x`` for the backward pass, not what it becomes.
+
+    ``x`` is mostly the output of a ReLU, which keeps it anyway. Under autocast the convolution runs in its dtype.
+    Differentiable once.
+    """
+    result: Tensor = _QuantizedConvolution.apply(x, scale, weight, bias, grid, convolution, kernels)  # type: ignore[no-untyped-call]
+    return result
