@@ -1,107 +1,167 @@
-"""Result tables from run folders: ``python -m analysis.tables runs=GLOB [output=FILE] [columns=KEY,KEY]``."""
+"""Result tables of runs: ``python -m analysis.tables runs=GLOB [output=FILE.md|.tex|.csv] [columns=NAME,NAME]``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
 
+from analysis.cells import cell
 from analysis.cli import REQUIRED, script
 from analysis.collect import Row, collect
+from analysis.columns import STANDARD, columns, split_names
+from analysis.comparison import WITHIN, baseline_of, blocks, mark_best, mark_significance
+from analysis.formats import FORMATS, Table, comma_separated, latex, markdown
+from analysis.significance import LEVEL
 from research.runs.files import atomic_write_text
-
-HEADER = (
-    "experiment", "method", "bits", "seeds", "epochs", "val %", "float %", "quantized %", "deployed %", "size KiB",
-    "compression", "GBOPs", "hardware", "minutes",
-)  # fmt: skip
+from research.runs.folder import DISPLAY_OPTION, NOT_IDENTITY
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows of the same experiment, deployment and configuration but for the seed, seeds in order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        config = {key: value for key, value in row["config"].items() if key not in ("seed", "logger")}
-        config["data"] = {key: value for key, value in config["data"].items() if key != "seed"}
+        config = {key: value for key, value in row["config"].items() if key not in ("seed", *NOT_IDENTITY)}
+        for part, display in (("data", "seed"), ("trainer", DISPLAY_OPTION)):
+            config[part] = {key: value for key, value in (config.get(part) or {}).items() if key != display}
         groups.setdefault(f"{row['name']} {config}", []).append(row)
     return [sorted(group, key=lambda row: row["seed"]) for group in groups.values()]
 
 
-def spread(values: Sequence[float | None], digits: int = 2, factor: float = 1.0) -> str:
-    """``mean`` or ``mean ± standard deviation`` over seeds; a dash where there is nothing."""
-    known = [factor * value for value in values if value is not None]
-    if not known:
-        return "–"
-    text = f"{mean(known):.{digits}f}"
-    return text if len(known) == 1 else f"{text} ± {stdev(known):.{digits}f}"
+def result_table(
+    rows: Sequence[Row],
+    further: Sequence[str] = (),
+    standard: Sequence[str] = tuple(STANDARD),
+    best: Sequence[str] = (),
+    baseline: str | None = None,
+    within: str = WITHIN,
+    level: float = LEVEL,
+) -> Table:
+    """The table of the runs, one line per group of seeds.
+
+    Args:
+        rows: deployments as `collect` gives them.
+        further: names of columns after the standard ones.
+        standard: the columns before them.
+        best: columns whose best mean in each block is marked; ``-name`` where the smallest is best.
+        baseline: the method, experiment or ``column=value`` pairs that all else is tested against, in the columns of
+            ``best`` or else the accuracy.
+        within: columns that make the blocks.
+        level: p-values below it are marked.
+
+    Raises:
+        ValueError: an unknown column, or a baseline that is not there or not unique.
+    """
+    groups = grouped(rows)
+    shown = columns([*standard, *further], rows)
+    names = [column.name for column in shown]
+    smallest = {name.removeprefix("-"): name.startswith("-") for name in best}
+    for name in smallest:
+        if name not in names:
+            raise ValueError(f"best={name}: no column of this table; use one of {', '.join(names)}, or add columns=")
+    lines = [[cell(group, column) for column in shown] for group in groups]
+    compared, references = blocks(groups, within), 0
+    for block, positions in compared if best or baseline else ():
+        reference = baseline_of([groups[p] for p in positions], baseline, block, within) if baseline else None
+        references += reference is not None
+        for name in smallest or {"accuracy": False}:
+            if name not in names:
+                continue
+            column = names.index(name)
+            cells = [lines[p][column] for p in positions]
+            cells = mark_best(cells, smallest[name]) if name in smallest else cells
+            cells = cells if reference is None else mark_significance(cells, reference)
+            for position, marked in zip(positions, cells, strict=True):
+                lines[position][column] = marked
+    if baseline and not references:
+        raise ValueError(f"baseline={baseline}: no row; give a method or experiment of the table, or COLUMN=VALUE")
+    table = Table([column.title for column in shown], lines, level=level)
+    table.notes = _notes(table, baseline, bool(best), within)
+    return table
 
 
-def further(rows: Sequence[Row], column: str) -> str:
-    """One more cell for a group of runs: ``changes``, ``ptq_<bits>`` in percent, or the value at a config key."""
-    if column == "changes":
-        return f"`{rows[0]['changes']}`" if rows[0]["changes"] else "–"
-    if column.startswith("ptq_"):
-        return spread([row.get(column) for row in rows], factor=100)
-    value: Any = rows[0]["config"]
-    for part in column.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return "–" if value is None else str(value)
+def _notes(table: Table, baseline: str | None, best: bool, within: str) -> list[str]:
+    """What the marks of a table mean."""
+    notes = []
+    if best:
+        notes.append(f"**Bold**: the best mean among rows of equal {within.replace(',', ', ')}.")
+    if baseline:
+        notes.append(
+            f"↑ ↓: above or below the baseline `{baseline}` of equal {within.replace(',', ', ')}: Welch's two-sided "
+            f"t-test over seeds, p < {table.level:g}, not corrected for the number of comparisons; a mean of one seed "
+            "is not tested."
+        )
+    if any(not cell.converged for line in table.lines for cell in line):
+        notes.append("~: an estimate that has not converged.")
+    return notes
 
 
-def cells(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The table's cells for one group of runs."""
-    first = rows[0]
-    quantizer: dict[str, Any] = first["config"]["quantizer"]
-    weight, inputs = quantizer.get("weight") or {}, quantizer.get("input") or {}
-    method = "+".join([weight.get("name", "float"), *first["mechanics"]])
-    bits = "table" if quantizer.get("table") else f"{weight.get('bits', 32)}/{inputs.get('bits', 32)}"
-    name = first["experiment"] + ("" if first["name"] == "final" else f" ({first['name']})")
-    return (
-        name,
-        method,
-        bits,
-        ", ".join(str(row["seed"]) for row in rows),
-        str(first["epochs"]),
-        spread([row["val_accuracy"] for row in rows], factor=100),
-        spread([row["float_accuracy"] for row in rows], factor=100),
-        spread([row["accuracy"] for row in rows], factor=100),
-        spread([row.get("deployed_accuracy") for row in rows], factor=100),
-        f"{first['size_kib']:.1f}",
-        f"{first['compression']:.2f}",
-        f"{first['bops'] / 1e9:.3f}",
-        first["hardware"],
-        spread([row["seconds"] / 60 for row in rows], digits=1),
-    )
+def page(table: Table, form: str, title: str, preface: str, command: str) -> str:
+    """The whole output file in a format; all but CSV say by which command they were made."""
+    if form == "csv":
+        return comma_separated(table)
+    if form == "latex":
+        return f"% Generated from run folders: {command}\n{latex(table, title)}\n"
+    return f"# {title}\n\n{preface}{markdown(table)}\n\nGenerated from run folders: `{command}`.\n"
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
-    """A Markdown table, a line per group of runs; for ``columns`` see `further`."""
-    lines = ["| " + " | ".join([*HEADER, *columns]) + " |", "|" + " --- |" * (len(HEADER) + len(columns))]
-    for group in grouped(rows):
-        lines.append("| " + " | ".join([*cells(group), *(further(group, column) for column in columns)]) + " |")
-    return "\n".join(lines)
-
-
-def main(runs: str, output: str | None, title: str, preface: str | None, columns: str | None) -> None:
+def main(
+    runs: str,
+    output: str | None = None,
+    title: str = "Results",
+    preface: str | None = None,
+    columns: str | None = None,
+    standard: str | None = None,
+    best: str | None = None,
+    baseline: str | None = None,
+    within: str = WITHIN,
+    level: float = LEVEL,
+    format: str | None = None,  # noqa: A002  (the word on the command line)
+) -> None:
     """Print the table, or write it as a page that says where it comes from.
 
     Args:
-        runs: glob over run folders.
-        output: Markdown file to write; None prints.
-        title: heading of the page.
+        runs: run folders or another source, see ``analysis.sources``.
+        output: file to write; its suffix (md, tex, csv) is the format. None prints.
+        title: heading of the page, caption in LaTeX.
         preface: Markdown file whose text goes between heading and table.
-        columns: further columns, separated by commas: config keys such as ``optimizer.lr``, ``changes`` (the overrides
-            of the experiment), ``ptq_<bits>`` and ``ptq_mse_<bits>`` (accuracy after post-training quantization).
+        columns: further columns, separated by commas: metrics (``val/loss``), configuration (``optimizer.lr``),
+            ``changes`` (the overrides of the experiment), ``ptq_<bits>`` (accuracy after post-training quantization),
+            ``measurement:curvature.trace``, fields of a deployment (``macs``).
+        standard: the columns before them, all of ``analysis.columns.STANDARD`` unless given.
+        best: columns whose best mean is set in bold, ``-NAME`` where the smallest is best.
+        baseline: method, experiment or ``COLUMN=VALUE`` that all else is tested against by Welch's t-test.
+        within: bold and tests compare rows that agree in these columns.
+        level: p-values below it are marked.
+        format: markdown, latex or csv; None goes by the suffix of ``output``.
     """
-    table = markdown(collect(runs), columns.split(",") if columns else ())
+    form = format or FORMATS.get(Path(output or "table.md").suffix.lstrip("."), "")
+    if form not in FORMATS.values():
+        key, value = ("format", format) if format else ("output", output)
+        raise ValueError(f"{key}={value}: use a file.md, file.tex or file.csv, or format={'|'.join(FORMATS.values())}")
+    chosen = {"standard": split_names(standard)} if standard else {}
+    table = result_table(
+        collect(runs), split_names(columns), best=split_names(best), baseline=baseline, within=within, level=level,
+        **chosen,
+    )  # fmt: skip
     if output is None:
-        print(table)
+        print({"markdown": markdown(table), "latex": latex(table, title), "csv": comma_separated(table)}[form].rstrip())
         return
+    options = {"columns": columns, "standard": standard, "best": best, "baseline": baseline}
+    options |= {"within": within if within != WITHIN else None, "level": f"{level:g}" if level != LEVEL else None}
     text = "" if preface is None else Path(preface).read_text().strip() + "\n\n"
-    command = f"python -m analysis.tables 'runs={runs}'" + (f" columns={columns}" if columns else "")
-    page = f"# {title}\n\n{text}{table}\n\nGenerated from run folders: `{command}`.\n"
-    atomic_write_text(Path(output), page)
+    atomic_write_text(Path(output), page(table, form, title, text, command_line("analysis.tables", runs, options)))
+
+
+def command_line(module: str, runs: str, options: Mapping[str, str | None]) -> str:
+    """The command that makes an output again, without options that are None."""
+    words = [f"{key}={value}" for key, value in options.items() if value is not None]
+    return " ".join([f"python -m {module} 'runs={runs}'", *map(shlex.quote, words)])
 
 
 if __name__ == "__main__":
-    script(main, {"runs": REQUIRED, "output": None, "title": "Results", "preface": None, "columns": None})
+    DEFAULTS = {
+        "output": None, "title": "Results", "preface": None, "columns": None, "standard": None, "best": None,
+        "baseline": None, "within": WITHIN, "level": LEVEL, "format": None,
+    }  # fmt: skip
+    script(main, {"runs": REQUIRED, **DEFAULTS})

@@ -11,14 +11,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Timer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from research.config import build_data
+from research.config import build_data, build_module, initial_checkpoint
 from research.data import ImageDataModule
 from research.deploy import export_onnx, parity_report, save_artifact
 from research.learning.finalise import SINGLE, finalise, measure
 from research.learning.module import QuantModule
+from research.models.checkpoint import first_difference
+from research.quant.convert import convert
 from research.quant.cost_report import cost_report
+from research.quant.recipe import Recipe
 from research.runs.checkpoint import load_checkpoint
 from research.runs.environment import snapshot
 from research.runs.files import atomic_write_bytes
@@ -64,7 +69,7 @@ def seal(
         meta = {"run": f"{folder.experiment}/{folder.hash}", "accuracy": row["accuracy"]}
         row |= deploy(net, config, place, data, tests, meta, config["deploy"]["onnx"])
         rows.append(row)
-        save_weights(net, folder.final if name == SINGLE else folder.path / f"final-{name}.safetensors")
+        save_weights(net, weights_place(folder, name))
         shown = [f"{key} {row[key]:.4g}" for key in SHOWN if row.get(key) is not None]
         log.info("%s: %s", name, ", ".join(shown))
     (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
@@ -148,6 +153,65 @@ def artifact_places(folder: RunFolder) -> dict[str, Path]:
 def artifact_place(folder: RunFolder, name: str) -> Path:
     """Folder of the artifact of deployment ``name``."""
     return folder.artifact if name == SINGLE else folder.artifact / name
+
+
+def weights_place(folder: RunFolder, name: str) -> Path:
+    """File with the weights of deployment ``name``: latent ones and quantizers, as finalised."""
+    return folder.final if name == SINGLE else folder.path / f"final-{name}.safetensors"
+
+
+def finished_network(folder: RunFolder, name: str = SINGLE) -> nn.Module:
+    """The finalised network of a finished run with its latent weights and quantizers; eager, float32, evaluation mode.
+
+    Its structure comes from the run's config, which may name nothing outside the allow-list, its numbers from the
+    weights beside it alone.
+
+    Raises:
+        ValueError: not finished, no such deployment, or weights that are missing, damaged or of another network.
+    """
+    if not folder.finished:
+        raise ValueError(f"run={folder.path}: not finished (no valid summary.json); start the same training again")
+    deployments = finalise(_recorded_module(folder))
+    if name not in deployments:
+        raise ValueError(f"deployment={name}: the run has {', '.join(deployments)}; use one of them")
+    net, path = deployments[name], weights_place(folder, name)
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"run={folder.path}: {path.name} is missing or damaged ({error}); train again") from error
+    if difference := first_difference(net.state_dict(), found):
+        raise ValueError(f"run={folder.path}: config.yaml and {path.name} disagree: {difference}; train again")
+    net.load_state_dict(found)
+    return net
+
+
+def starting_network(folder: RunFolder, paths: Mapping[str, str]) -> tuple[nn.Module, Path]:
+    """The float network that a recorded run started from, converted without quantizers, and the file of its weights.
+
+    Args:
+        folder: the run folder.
+        paths: ``checkpoints`` and ``runs``, where ``init_from`` is looked for.
+
+    Raises:
+        ValueError: the run started from random weights, or the file is not found or of another network.
+    """
+    config = read_config(folder.config_path)
+    checkpoint = initial_checkpoint(config["init_from"], dict(paths))
+    if checkpoint is None:
+        raise ValueError(f"run={folder.path}: init_from=null, the run started from random weights; use initial=false")
+    module = _recorded_module(folder)
+    module.checkpoint = checkpoint
+    net = module.initial_network()
+    structure = net.structure()
+    convert(net, Recipe.from_config(None), structure.first, structure.last)
+    return net.eval(), checkpoint
+
+
+def _recorded_module(folder: RunFolder) -> QuantModule:
+    """The eager host of a recorded run, with random weights."""
+    here: dict[str, Any] = {"init_from": None, "compile": "none", "recompute": False, "paths": {}}
+    with torch.random.fork_rng(devices=[]):  # the random initialisation that the weights replace is nobody's noise
+        return build_module({**read_config(folder.config_path), **here}, trusted=False)
 
 
 def save_weights(net: nn.Module, path: Path) -> None:

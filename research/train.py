@@ -28,6 +28,7 @@ from research.runs.checkpoint import RunCheckpoint, VerifiedCheckpointIO, load_c
 from research.runs.environment import snapshot
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger, finish_wandb, wandb_logger
+from research.runs.preemption import StopOnSignal, requeued_when_stopped
 from research.runs.records import read_summary, write_config, write_json
 from research.settings import PRECISIONS, check_training
 
@@ -54,10 +55,12 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
     settings = dict(config["trainer"])
     precision = PRECISIONS[str(settings.pop("precision"))]
     settings["enable_progress_bar"] = settings.get("enable_progress_bar", True) and sys.stdout.isatty()
+    checkpoint = RunCheckpoint(folder.checkpoints, **config["checkpoint"])
     callbacks: list[Callback] = [
         Preparation(**config["calibration"]),
         NonFiniteGuard(),
-        RunCheckpoint(folder.checkpoints, **config["checkpoint"]),
+        StopOnSignal(checkpoint),
+        checkpoint,
     ]
     if not settings["enable_progress_bar"]:
         callbacks.append(EpochLine())
@@ -104,7 +107,7 @@ def run(config: dict[str, Any], folder: RunFolder, data: ImageDataModule, module
         data.trainer = None  # ... which tests the whole test set, on the CPU
         if trainer.is_global_zero:
             seal(config, folder, module, data, trainer)
-    except SystemExit:  # Lightning's answer to Ctrl-C
+    except SystemExit:  # Lightning's answer to Ctrl-C, or a signal
         log.info("interrupted: the same command goes on from the last checkpoint")
         raise
     finally:
@@ -126,9 +129,10 @@ def main(cfg: DictConfig) -> float | None:
     else:
         data, module = build(config)
         if getattr(rank_zero_only, "rank", 0) != 0:  # the first rank holds the folder
-            run(config, folder, data, module)
+            with requeued_when_stopped():
+                run(config, folder, data, module)
             return None
-        with folder.lock():
+        with requeued_when_stopped(), folder.lock():
             write_records(config, folder, list(HydraConfig.get().overrides.task), module)
             run(config, folder, data, module)
     return float(read_summary(folder.summary_path)["deployments"][0]["accuracy"])

@@ -328,7 +328,7 @@ def test_a_second_process_on_a_run_folder(interrupted: list[str], tmp_path: Path
 def test_a_failed_job_of_a_multirun_does_not_end_the_others(tmp_path: Path) -> None:
     done = command(train, "-m", *TINY, f"paths.runs={tmp_path}", "trainer.max_epochs=1", "seed=abc,1")
     assert done.code == 2 and "Traceback" not in done.err
-    assert done.err.splitlines()[-1] == "error: seed='abc': use an integer"
+    assert done.err.splitlines()[-1] == "error: job 0 (seed=abc): seed='abc': use an integer"
     assert len(list(tmp_path.glob("**/summary.json"))) == 1
     refused = command(train, "-m", *TINY, f"paths.runs={tmp_path}/other", "model=resnet8,nothing")
     assert refused.refusal().startswith("error: model=nothing is unknown; use one of")

@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "research/data": (("research.data",), ("hydra", "omegaconf")),
     "callbacks": (("research", "callbacks"), ()),
     "analysis": (("research", "analysis"), ()),
-    "sweeps": ((), ()),
+    "sweeps": (("sweeps",), ()),
 }
 
 

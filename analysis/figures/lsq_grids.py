@@ -1,134 +1,87 @@
-"""Weights and activations over their grids: ``python -m analysis.figures.lsq_grids runs=DIR,DIR [layer=NAME]``.
+"""Weights and inputs over their grids: ``python -m analysis.figures.lsq_grids runs=GLOB [layer=NAME]``.
 
-For each run: histogram of one layer's latent weights and of its inputs on test images, in units of the layer's scale,
-with the levels of the grid as vertical lines and the share of values at each level.
+For a run of LSQ at each width: histogram of one layer's latent weights and of its inputs on test images, in units of
+the layer's scale, with the share of values at each level of the grid.
 """
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-import torch
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from safetensors.torch import load_file
-from torch import Tensor
 
-from analysis.cli import REQUIRED, script
-from analysis.collect import Row, collect
-from research.config import build_data
-from research.deploy import load_artifact
-from research.quant.layers import QuantLayer
-from research.results import artifact_place
-from research.runs.folder import RunFolder
+from analysis.collect import Row
+from analysis.distributions import density, distributions
+from analysis.figures.base import Drawn, NoData, figure_script, method, panels, widths
+from analysis.rows import label
 
-STYLE = Path(__file__).parent.parent / "style.mplstyle"
 SLOTS = ("weight", "input")
+INNER = "layer2.0.conv2"
 
 
-@torch.no_grad()
-def layer_values(row: Row, layer: str, images: Tensor) -> dict[str, dict[str, Any]]:
-    """Latent values, scale and levels of a layer's weight and input quantizers.
-
-    Args:
-        row: a deployment as ``collect`` gives it.
-        layer: name of a quantized layer.
-        images: network inputs (N, C, H, W).
-
-    Returns:
-        By slot: ``values`` (1-D, in units of the scale), ``levels`` (codes), ``share`` (fraction at each level) and
-        ``bits``.
+def chosen(rows: Sequence[Row], layer: str) -> list[tuple[Row, dict[str, Any]]]:
+    """The first LSQ run of each width with this layer's distributions, widest first.
 
     Raises:
-        ValueError: no such layer, or one without quantizers.
+        NoData: no such run.
+        ValueError: no such layer, or one without quantizers of at most 4 bits.
     """
-    folder = RunFolder.existing(row["path"])
-    net = load_artifact(artifact_place(folder, row["name"]))
-    modules = {name: module for name, module in net.named_modules() if isinstance(module, QuantLayer)}
-    found = modules.get(layer)
-    if found is None or found.weight_quantizer is None or found.input_quantizer is None:
-        raise ValueError(f"layer={layer}: no layer with quantized weight and input; use one of {', '.join(modules)}")
-    latent = load_file(folder.final)[f"{layer}.weight"]
-    seen: list[Tensor] = []
-    handle = found.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    net(images)
-    handle.remove()
-    result = {}
-    for slot, quantizer, values in (
-        ("weight", found.weight_quantizer, latent),
-        ("input", found.input_quantizer, torch.cat(seen)),
-    ):
-        codes = found.weight_quantizer.codes(latent) if slot == "weight" else found.input_quantizer.codes(values)
-        low, high = (int(limit) for limit in quantizer.limits())
-        levels = np.arange(low, high + 1)
-        share = np.array([float((codes == level).float().mean()) for level in levels])
-        scale = quantizer.scale.reshape(-1)[0]
-        result[slot] = {
-            "values": (values / scale).reshape(-1).numpy(),
-            "levels": levels,
-            "share": share,
-            "bits": int(quantizer.bits),
-        }
-    return result
+    found: dict[tuple[int, int], tuple[Row, dict[str, Any]]] = {}
+    for row in rows:
+        if method(row) != "LSQ" or widths(row) in found:
+            continue
+        layers = distributions(row)
+        if layers is None:
+            continue
+        inner = [name for name, slots in layers.items() if all("codes" in slots[slot] for slot in SLOTS)]
+        if layer not in inner:
+            raise ValueError(f"layer={layer}: no layer of {label(row)} with codes kept; use one of {', '.join(inner)}")
+        found[widths(row)] = (row, layers[layer])
+    if not found:
+        raise NoData("no run of LSQ with distributions")
+    return [found[bits] for bits in sorted(found, reverse=True)]
 
 
-def draw(rows: list[Row], found: list[dict[str, dict[str, Any]]], layer: str, output: Path) -> None:
-    """Draw one column per run and write PDF, PNG and the data as CSV."""
-    output.mkdir(parents=True, exist_ok=True)
-    table: list[tuple[Any, ...]] = []
-    with plt.style.context(STYLE):
-        figure, axes = plt.subplots(2, len(rows), figsize=(3.6 * len(rows), 4.6), squeeze=False)
-        for column, (row, slots) in enumerate(zip(rows, found, strict=True)):
-            for line, slot in enumerate(SLOTS):
-                axis, data = axes[line][column], slots[slot]
-                low, high = data["levels"][0] - 1.5, data["levels"][-1] + 1.5
-                values = np.clip(data["values"], low, high)
-                density, edges = np.histogram(values, bins=120, range=(low, high), density=True)
-                axis.stairs(density, edges, fill=True, color="0.75", label="before quantization")
-                axis.vlines(data["levels"], 0, 2, color="0.2", lw=0.6, ls="--")
-                axis.plot(data["levels"], data["share"], "ok", markersize=3.5, label="share of each level")
-                axis.set_xlabel(f"{slot} / scale (codes)")
-                axis.set_ylabel("density, share")
-                axis.set_ylim(0, 1.15 * max(data["share"].max(), float(np.quantile(density, 0.98))))
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-                axis.set_title(f"{row['experiment']}\n{layer} {slot}, {data['bits']} bit")
-                table += [(row["experiment"], slot, int(level), share)
-                          for level, share in zip(data["levels"], data["share"], strict=True)]  # fmt: skip
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        for suffix in ("pdf", "png"):
-            figure.savefig(output / f"lsq_grids.{suffix}")
-        plt.close(figure)
-    with (output / "lsq_grids.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("experiment", "slot", "code", "share"))
-        writer.writerows(table)
+def draw_slot(axis: Axes, data: dict[str, Any]) -> None:
+    """Histogram, levels and shares of one tensor, in units of its scale."""
+    codes, levels = np.array(data["codes"]), np.array(data["levels"])
+    scale = (levels[-1] - levels[0]) / (codes[-1] - codes[0])  # in units of the root mean square
+    edges, dense = (np.array(values) for values in density(data["histogram"], merge=2))
+    axis.stairs(dense * scale, edges / scale, fill=True, color="0.75", label="before quantization (density)")
+    axis.vlines(codes, 0, 2, color="0.2", lw=0.6, ls="--", label="levels")
+    axis.plot(codes, data["share"], "ok", markersize=3.5, label="share of each level")
+    axis.set_xlim(codes[0] - 1.5, codes[-1] + 1.5)
+    axis.set_ylim(0, 1.15 * max(*data["share"], float(np.quantile(dense * scale, 0.97))))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def main(runs: str, layer: str, output: str, data: str) -> None:
-    """Draw the figure for several runs of one model.
+def draw(rows: Sequence[Row], layer: str = INNER) -> Drawn:
+    """One column per width.
 
     Args:
-        runs: run folders or globs, separated by commas.
+        rows: of LSQ runs.
         layer: quantized layer to look at.
-        output: folder for ``lsq_grids.{pdf,png,csv}``.
-        data: folder of the data sets (the embedded set needs none).
     """
-    rows = [row for pattern in runs.split(",") for row in collect(pattern)]
-    found = []
-    for row in rows:
-        source = build_data({**row["config"], "paths": {"data": data}}, trusted=False)
-        images, _ = next(iter(source.test_dataloader()))
-        found.append(layer_values(row, layer, images))
-    draw(rows, found, layer, Path(output))
-    print(f"wrote {Path(output) / 'lsq_grids.pdf'}, .png and .csv")
+    columns = chosen(rows, layer)
+    figure, axes = panels(2, len(columns), height=2.4)
+    table: list[tuple[Any, ...]] = []
+    for place, slot in enumerate(SLOTS):
+        for axis, (row, slots) in zip(axes[place * len(columns) :], columns, strict=False):
+            draw_slot(axis, slots[slot])
+            axis.set_xlabel(f"{slot} / scale (codes)")
+            axis.set_ylabel("density per code, share")
+            axis.set_title(f"{row['model']}, {layer}, {slot}, {slots[slot]['bits']:g} bit")
+            table += [
+                (row["experiment"], row["hash"], slot, code, share)
+                for code, share in zip(slots[slot]["codes"], slots[slot]["share"], strict=True)
+            ]
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return Drawn(figure, ("experiment", "hash", "slot", "code", "share"), table)
 
 
 if __name__ == "__main__":
-    script(main, {"runs": REQUIRED, "layer": "layer2.0.conv2", "output": "figures", "data": "data"})
+    figure_script(draw, __file__)

@@ -1,4 +1,4 @@
-"""Why codes oscillate, on one weight: ``python -m analysis.figures.oscillation_toy [output=DIR] [steps=N] [lr=X]``.
+"""Why codes oscillate, on one weight: ``python -m analysis.figures.oscillation_toy [steps=N] [lr=X]``.
 
 The toy regression of Nagel et al. (ICML 2022, arXiv 2203.11086): ``min_w E[(x w* - x q(w))^2] / 2`` with ``q(w) = s
 round(w / s)``. Left: the latent weight against the step, by rule; it never settles with the straight-through estimator.
@@ -7,23 +7,20 @@ Right: how often the code jumps back, against the distance ``d`` of ``w*`` to th
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from analysis.cli import script
+from analysis.collect import Row
+from analysis.figures.base import Drawn, figure_script, panels, plain, styles
 from research.quant.oscillation import start, track
 
-STYLE = Path(__file__).parent.parent / "style.mplstyle"
 Rule = Literal["ste", "ewgs", "dampening"]
 LABELS: dict[Rule, str] = {"ste": "straight-through", "ewgs": "EWGS, δ = 0.2", "dampening": "dampening, λ = 0.5"}
+SHOWN, SHOWN_LR = 60, 0.1
+"""Steps and learning rate on the left, where single steps are to be seen."""
 DELTA, STRENGTH, MOMENTUM = 0.2, 0.5, 0.01
 
 
@@ -72,43 +69,35 @@ def toy_regression(
     return Toy(*(torch.stack(values) for values in zip(*seen, strict=True)))
 
 
-def main(output: str, steps: int, lr: float) -> None:
-    """Draw the figure.
+def draw(rows: Sequence[Row], steps: int = 4000, lr: float = 0.01) -> Drawn:
+    """Latent weights over time and the frequency of oscillation; the runs play no part.
 
     Args:
-        output: folder for ``oscillation_toy.{pdf,png,csv}``.
-        steps: steps of each run.
-        lr: learning rate.
+        rows: not looked at.
+        steps: of each toy run on the right.
+        lr: its learning rate.
     """
     if steps < 10 or lr <= 0:
         raise ValueError(f"steps={steps} lr={lr}: use 10 steps or more and a positive rate, such as 4000 and 0.01")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     distances = torch.linspace(0.02, 0.5, 25)
     last = steps // 4
     found = toy_regression(distances, steps, lr).frequency[-last:].mean(0)
-    with plt.style.context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
-        for rule, label in LABELS.items():
-            left.plot(toy_regression(torch.tensor([0.2]), steps, lr, rule).latent[:, 0], lw=0.8, label=label)
-        left.axhline(0.5, color="0.5", lw=0.6, ls="--")
-        left.set_xlabel("step")
-        left.set_ylabel("latent weight / s, w* = 0.2 s")
-        left.legend()
-        right.plot(distances, found, "ok", markersize=3, label="measured")
-        right.plot(distances, 2 * distances, color="0.5", lw=0.8, label="2 d / s")
-        right.set_xlabel("d / s")
-        right.set_ylabel("oscillations a step")
-        right.legend()
-        for suffix in ("pdf", "png"):
-            figure.savefig(folder / f"oscillation_toy.{suffix}")
-        plt.close(figure)
-    with (folder / "oscillation_toy.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("distance", "frequency"))
-        writer.writerows(zip(distances.tolist(), found.tolist(), strict=True))
-    print(f"wrote {folder / 'oscillation_toy.pdf'}, .png and .csv")
+    figure, (left, right) = panels(1, 2)
+    look = styles(LABELS)
+    for rule, label in LABELS.items():
+        toy = toy_regression(torch.tensor([0.2]), min(steps, SHOWN), SHOWN_LR, rule)
+        left.plot(toy.latent[:, 0], label=label, **plain(look[rule]))
+    left.axhline(0.5, color="0.5", lw=0.6)
+    left.set_xlabel(f"step, learning rate {SHOWN_LR:g}")
+    left.set_ylabel("latent weight / s, w* = 0.2 s")
+    left.legend()
+    right.plot(distances, found, "ok", markersize=3, label="measured")
+    right.plot(distances, 2 * distances, color="0.5", lw=0.8, label="2 d / s")
+    right.set_xlabel("distance d of w* to the grid / s")
+    right.set_ylabel("oscillations a step")
+    right.legend()
+    return Drawn(figure, ("distance", "frequency"), list(zip(distances.tolist(), found.tolist(), strict=True)))
 
 
 if __name__ == "__main__":
-    script(main, {"output": "figures", "steps": 4000, "lr": 0.01})
+    figure_script(draw, __file__)

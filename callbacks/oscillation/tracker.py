@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from callbacks.cadence import check_every, due
 from callbacks.oscillation.frozen import used_codes
 from callbacks.oscillation.history import CodeHistory
 from research.learning.mechanic import Mechanic
+from research.quant.grid import GridKind
 from research.quant.layers import QuantLayer, quant_layers
 from research.quant.widths import PerWidth
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
 
-ORDERED = ("uniform", "midrise")
+ORDERED: tuple[GridKind, ...] = ("uniform", "midrise")
 
 
 class CodeTracking(Mechanic):
@@ -75,33 +78,41 @@ class CodeTracking(Mechanic):
 
 
 class OscillationTracker(CodeTracking):
-    """Logs the fraction of oscillating weights after every epoch; training is what it is without, bit for bit.
+    """Logs the fraction of oscillating weights every few epochs; training is what it is without, bit for bit.
 
     Args:
         momentum: m of the frequency.
         limit: a weight oscillates if its frequency is greater.
         max_bits: layers with wider weights are left out.
+        every_n_epochs: log after epochs n, 2n, ...; the codes are looked at after every step all the same.
     """
 
     slug = "oscillation_tracker"
 
-    def __init__(self, momentum: float = 0.001, limit: float = 0.005, max_bits: int = 4) -> None:
+    def __init__(
+        self, momentum: float = 0.001, limit: float = 0.005, max_bits: int = 4, every_n_epochs: int = 1
+    ) -> None:
         super().__init__(momentum, max_bits)
+        check_every(self.slug, "every_n_epochs", every_n_epochs)
         if not 0 <= limit < 1:
             raise ValueError(f"callbacks.{self.slug}.limit={limit}: use 0 or more and less than 1")
         self.limit = limit
+        self.every_n_epochs = every_n_epochs
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the share of weights above the limit, and of those that have ever oscillated."""
-        pl_module.log(f"{self.slug}/oscillating", self.fraction("frequency", self.limit))
-        pl_module.log(f"{self.slug}/ever_oscillated", self.fraction("oscillations"))
+        if due(trainer, self.every_n_epochs):
+            pl_module.log(f"{self.slug}/oscillating", self.fraction("frequency", self.limit))
+            pl_module.log(f"{self.slug}/ever_oscillated", self.fraction("oscillations"))
 
 
-def tracked_layers(net: nn.Module, slug: str, max_bits: int) -> dict[str, QuantLayer]:
+def tracked_layers(
+    net: nn.Module, slug: str, max_bits: int, kinds: Collection[GridKind] = ORDERED
+) -> dict[str, QuantLayer]:
     """Layers whose weight has codes of at most ``max_bits`` bits, by name.
 
     Raises:
-        ValueError: there is none, or one whose codes are not in the order of their values, or of several widths.
+        ValueError: there is none, or one whose codes are on a grid of another kind, or of several widths.
     """
     found = {}
     for name, layer in quant_layers(net):
@@ -110,7 +121,7 @@ def tracked_layers(net: nn.Module, slug: str, max_bits: int) -> dict[str, QuantL
             continue
         if isinstance(quantizer, PerWidth):
             raise ValueError(f"callbacks.{slug}: {name} has codes at several widths; use quantizer.widths=[]")
-        if quantizer.grid.kind not in ORDERED:
+        if quantizer.grid.kind not in kinds:
             raise ValueError(
                 f"callbacks.{slug}: {name} has codes on a {quantizer.grid.kind} grid; use quantizer=lsq, a uniform one"
             )

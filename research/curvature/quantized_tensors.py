@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from research.curvature.hutchinson import block_samples, gradient_products
 from research.quant.layers import quantizers
 from research.quant.passes import surrogate_gradients
 
@@ -20,10 +21,7 @@ def block_traces(
     tolerance: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Hutchinson estimate of the trace of every diagonal block of a Hessian, (number of tensors,).
-
-    ``Tr(H_ii) = E[z_i . (H z)_i]`` with Rademacher ``z``: one Hessian-vector product per probe serves all blocks; the
-    other blocks add variance but no bias (Hutchinson 1990).
+    """Hutchinson estimate of the trace of every diagonal block of a Hessian, (number of tensors,); see `block_samples`.
 
     Args:
         gradients: derivative of the loss by each tensor, with a graph of its own (``create_graph=True``).
@@ -32,29 +30,21 @@ def block_traces(
         tolerance: stop when no running mean moved by more than this share of itself.
         generator: CPU generator of the probes.
     """
-    total = torch.zeros(len(tensors), dtype=torch.float64)
-    mean = total
-    for count in range(1, probes + 1):
-        signs = [
-            (torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1).to(tensor.device, tensor.dtype)
-            for tensor in tensors
-        ]
-        products = torch.autograd.grad(gradients, tensors, signs, retain_graph=True, materialize_grads=True)
-        total = total + torch.stack([(z * p).sum().double().cpu() for z, p in zip(signs, products, strict=True)])
-        before, mean = mean, total / count
-        if count > 1 and bool(((mean - before).abs() <= tolerance * before.abs()).all()):
-            break
-    return mean
+    return block_samples(gradient_products(gradients, tensors), tensors, probes, generator, tolerance).mean(0)
 
 
 @contextmanager
-def _recorded_outputs(net: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Outputs of all quantizers by name, as the forward passes inside the block make them."""
+def recorded_outputs(net: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Outputs of all quantizers by name, as the forward passes inside the block make them.
+
+    One that depends on no parameter, such as that of the first input's quantizer with a fixed range, is made a leaf.
+    """
     outputs: dict[str, Tensor] = {}
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs[name] = output
+    def recorder(name: str) -> Callable[..., Tensor]:
+        def record(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name]
 
         return record
 
@@ -91,7 +81,7 @@ def error_gradient_scales(
     ratios: list[Tensor] = []
     names: list[str] = []
     for batch in batches:
-        with surrogate_gradients(net), _recorded_outputs(net) as outputs:
+        with surrogate_gradients(net), recorded_outputs(net) as outputs:
             value = loss(net, batch)
         names, tensors = list(outputs), list(outputs.values())
         gradients = torch.autograd.grad(value, tensors, create_graph=True)

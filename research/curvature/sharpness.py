@@ -1,6 +1,7 @@
-"""Sharpness of a quantized network at a finite radius: the true loss at a perturbed point less that at its own.
+"""Sharpness of a quantized network as SAQ reports it: the true loss at a perturbed point less that at its own.
 
-Surface: ``perturbation``. The ascent direction is the gradient at the quantized weights, as SAQ takes it.
+Surface: ``perturbation``. The ascent direction is the gradient at the quantized weights, as SAQ takes it. Other
+measures at a finite radius are in `research.curvature.radius`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PERTURBED: tuple[Kind, ...] = ("weight", "bias", "norm_weight", "norm_bias", "in
 """What SAQ perturbs by default."""
 
 Loss = Callable[[Network, Any], Tensor]
+"""``loss(network, batch)``, 0-dim: a mean over the batch."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,32 @@ def shares(batches: Sequence[Any]) -> list[tuple[Any, float]]:
     return [(batch, len(batch[1]) / total) for batch in batches]
 
 
+@torch.no_grad()
+def mean_loss(network: Network, loss: Loss, batches: Sequence[Any]) -> float:
+    """The mean loss over all samples, however they are cut into batches."""
+    return sum(share * loss(network, batch).item() for batch, share in shares(batches))
+
+
 def accumulated_gradients(
     network: Network, loss: Loss, batches: Sequence[Any], leaves: Mapping[str, Tensor]
 ) -> tuple[float, dict[str, Tensor]]:
     """The mean loss over all samples, and its gradient at the leaves that it depends on, by name."""
     mean, gradients = 0.0, dict[str, Tensor]()
     for batch, share in shares(batches):
-        value = share * loss(network, batch)
-        mean += value.item()
-        for name, gradient in named_gradients(value, leaves).items():
+        value = loss(network, batch)
+        mean += share * value.item()
+        for name, gradient in named_gradients(share * value, leaves).items():
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
     return mean, gradients
+
+
+def network_at(net: nn.Module, state: State) -> Network:
+    """``net`` with other parameters."""
+
+    def network(*inputs: Tensor) -> Any:
+        return functional_call(net, dict(state), inputs)
+
+    return network
 
 
 def saq_sharpness(
@@ -118,15 +135,6 @@ def saq_sharpness(
         moves = qasam_perturbation(gradients, points, plain, rho, eta) if adaptive else sam_perturbation(gradients, rho)
         behind = {layer: moves.pop(f"{layer}.weight") for layer in offsets if f"{layer}.weight" in moves}
         moved = moved_parameters(net, None, moves)
-        with torch.no_grad(), weight_leaves(net, behind):
-            perturbed = sum(share * loss(_at(net, moved), batch).item() for batch, share in shares(batches))
+        with weight_leaves(net, behind):
+            perturbed = mean_loss(network_at(net, moved), loss, batches)
     return Sharpness(clean, perturbed, float(joint_norm(gradients)))
-
-
-def _at(net: nn.Module, state: State) -> Network:
-    """``net`` with other parameters."""
-
-    def network(*inputs: Tensor) -> Any:
-        return functional_call(net, dict(state), inputs)
-
-    return network

@@ -179,6 +179,24 @@ class ImageDataModule(LightningDataModule):
             ImageLoader(chosen, batch_size, size=self.image_size, mean=self.mean, std=self.std, device=self._device)
         )
 
+    def measurement_batches(self, images: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return `images` training images, not augmented, each class in proportion: the same ones for every `seed`.
+
+        They depend on the parts (`split_seed`, `validation` ...) alone, so that runs measured on them can be compared.
+        The last batch is smaller where `images` is no multiple of `batch_size`.
+        """
+        train = self._part("train")
+        if not 1 <= images <= len(train) or batch_size < 1:
+            raise ValueError(
+                f"images={images} batch_size={batch_size}: the training part has {len(train)} images; "
+                f"use 1..{len(train)}, and batches of 1 or more"
+            )
+        chosen = stratified_split(train.labels, images, self.split_seed)[1].to(train.labels.device)
+        subset = train.subset(chosen)
+        return list(
+            ImageLoader(subset, batch_size, size=self.image_size, mean=self.mean, std=self.std, device=self._device)
+        )
+
     def _read(self) -> ImageSplits:
         readers: dict[str, Callable[[], ImageSplits]] = {
             "embedded": load_embedded,

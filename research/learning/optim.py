@@ -98,7 +98,7 @@ def _with_lr(group: Group, config: Mapping[str, Any]) -> Group:
 
 
 def _quantizer_options(net: nn.Module) -> dict[nn.Parameter, dict[str, float]]:
-    options = {}
+    options: dict[nn.Parameter, dict[str, float]] = {}
     for module in net.modules():
         if isinstance(module, OutputScale):
             options[module.output_scale] = {}

@@ -143,8 +143,9 @@ class RunCheckpoint(Checkpoint):
         self.monitor = monitor
         self.mode = mode
         self.best_score: float | None = None
+        self.saved_step = 0
         self._seen_step = 0
-        self._saved_step = 0
+        self._requested = False
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""
@@ -156,7 +157,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count steps from where this process starts."""
-        self._seen_step = self._saved_step = trainer.global_step
+        self._seen_step = self.saved_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -164,9 +165,9 @@ class RunCheckpoint(Checkpoint):
         """Save where a step's checkpoint is due and a run can be resumed exactly."""
         stepped = trainer.global_step > self._seen_step
         self._seen_step = trainer.global_step
-        if self.every_n_steps is None or trainer.global_step - self._saved_step < self.every_n_steps:
-            return
-        if stepped and not trainer.is_last_batch and not _validation_follows(trainer):
+        since = trainer.global_step - self.saved_step
+        due = self._requested or (self.every_n_steps is not None and since >= self.every_n_steps)
+        if due and stepped and not trainer.is_last_batch and not _validation_follows(trainer):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,9 +188,14 @@ class RunCheckpoint(Checkpoint):
         """Save the epoch's checkpoint."""
         self._save_last(trainer)
 
+    def request(self) -> None:
+        """Make a step's checkpoint due now: `saved_step` says when it was written."""
+        self._requested = True
+
     def _save_last(self, trainer: Trainer) -> None:
-        self._saved_step = trainer.global_step
+        self._requested = False
         trainer.save_checkpoint(self.folder / LAST, WHOLE)
+        self.saved_step = trainer.global_step
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from research.runs.failure import JobFailed, clear_failure, write_failure
 from research.runs.files import writing
 from research.runs.records import read_config, read_summary
 
@@ -19,6 +21,13 @@ NOT_IDENTITY = ("paths", "logger")
 
 DISPLAY_OPTION = "enable_progress_bar"
 """The key under `trainer` that is of the same kind."""
+
+LOCK_SECONDS = 0.5
+"""How long a locked folder is asked for again: `held` of another process has it for a moment."""
+
+
+class FolderInUse(ValueError):
+    """Another live process holds the run folder."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -132,27 +141,57 @@ class RunFolder:
     def _lock_path(self) -> Path:
         return self.path / ".lock"
 
+    @property
+    def held(self) -> bool:
+        """Whether a live process holds the folder."""
+        try:
+            with self._lock_path.open() as file:
+                if not file.read().strip():
+                    return False
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder, made where missing, for this process; the kernel lets go of it however the process ends.
 
-        Raises ValueError, naming `paths.runs` where the folder cannot be written, and the holder's process id where
-        another process has it.
+        What ends the block by an error is left in `failure.json`; a new attempt starts without that of the last one.
+
+        Raises ValueError, naming `paths.runs` where the folder cannot be written, and FolderInUse with the holder's
+        process id where another process has it.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_path.touch()
         with self._lock_path.open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = file.read().strip() or "unknown"
-                raise ValueError(
-                    f"run folder {self.path} is in use by process {holder}; wait for it, or change seed or name"
-                ) from error
+            self._acquire(file)
             file.truncate()
             file.write(f"{os.getpid()}\n")
             file.flush()
-            yield
-            file.seek(0)
-            file.truncate()
+            clear_failure(self.path)
+            try:
+                yield
+            except Exception as error:
+                write_failure(self.path, JobFailed.by(error))
+                raise
+            finally:
+                file.seek(0)
+                file.truncate()
+
+    def _acquire(self, file: TextIO) -> None:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    holder = file.read().strip() or "unknown"
+                    raise FolderInUse(
+                        f"run folder {self.path} is in use by process {holder}; wait for it, or change seed or name"
+                    ) from error
+                time.sleep(0.05)

@@ -13,7 +13,7 @@ from research.runs.folder import RunFolder
 from research.runs.records import MetricsRecord, read_summary
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
+    from research.runs.wandb_mirror import WandbMirror
 
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -78,7 +78,7 @@ def wandb_logger(
     mode: str = "offline",
     project: str = "flatbit",
     directory: Path | str | None = None,
-) -> "WandbLogger | None":
+) -> "WandbMirror | None":
     """The W&B logger of a run, or None for `mode=disabled`; one W&B run per run folder, resumed under the run's hash.
 
     `offline` opens no connection; `wandb sync` uploads later. A killed and resumed run leaves one offline folder per
@@ -95,10 +95,11 @@ def wandb_logger(
         probe.write_bytes(b"\0")
         probe.unlink(missing_ok=True)  # another rank's may have been faster
     import wandb
-    from lightning.pytorch.loggers import WandbLogger
+
+    from research.runs.wandb_mirror import WandbMirror
 
     # mode goes to wandb.init: WandbLogger's own offline=True would set WANDB_MODE for every later run of the process
-    logger = WandbLogger(
+    return WandbMirror(
         name=f"{folder.experiment}/{folder.hash}",
         id=folder.hash,
         save_dir=save_dir,
@@ -108,17 +109,16 @@ def wandb_logger(
         settings=wandb.Settings(quiet=True),
         config=dict(config),
     )
-    del logger._wandb_init["anonymous"]  # Lightning passes None, and W&B warns of the deprecated setting
-    return logger
 
 
 @rank_zero_only
-def finish_wandb(logger: "WandbLogger | None", folder: RunFolder) -> None:
+def finish_wandb(logger: "WandbMirror | None", folder: RunFolder) -> None:
     """End the W&B run, with the numbers of a finished run's summary, so that a multirun's next job starts its own."""
     if logger is None:
         return
+    summary: dict[str, float] = {}
     if folder.finished:
         for row in read_summary(folder.summary_path)["deployments"]:
             numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-            logger.experiment.summary.update({f"{row['name']}/{key}": value for key, value in numbers.items()})
-    logger.experiment.finish()
+            summary |= {f"{row['name']}/{key}": value for key, value in numbers.items()}
+    logger.finish(summary)

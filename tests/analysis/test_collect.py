@@ -1,12 +1,18 @@
-"""What collecting and keeping make of a run that was quantized after training."""
+"""Collecting: runs that were quantized after training, and the tidy table of all runs."""
 
 from __future__ import annotations
 
+import csv
+import sys
 from pathlib import Path
 
+import pyarrow.parquet
+import pytest
+
 from analysis import keep
-from analysis.collect import collect
+from analysis.collect import collect, main, tidy, write_tidy
 from research.runs.ptq import write_ptq
+from tests.analysis.run_folders import keep_measurement, write_run
 from tests.analysis.test_tables import make_run
 
 
@@ -25,3 +31,46 @@ def test_a_kept_record_carries_the_accuracies_after_training(tmp_path: Path) -> 
     (row,) = collect(f"{tmp_path}/records/*/*")
     found = {key: value for key, value in row.items() if key.startswith("ptq")}
     assert found == {"ptq_8": 0.79, "ptq_3": 0.31, "ptq_mse_8": 0.79 + 0.1, "ptq_mse_3": 0.31 + 0.1}
+
+
+def test_a_tidy_table_has_a_line_for_each_deployment_and_reads_back(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", 0.8, callbacks={"sam": {"rho": 0.1}}, typed=["optimizer.lr=0.1"])
+    write_run(tmp_path / "runs", 0.9, lr=1, callbacks={})
+    for suffix in ("csv", "parquet"):
+        main(f"{tmp_path}/runs/*/*", str(tmp_path / f"runs.{suffix}"), None)
+    table = pyarrow.parquet.read_table(tmp_path / "runs.parquet")
+    lines = sorted(table.to_pylist(), key=lambda line: line["accuracy"])
+    assert [line["accuracy"] for line in lines] == [0.8, 0.9]
+    assert [line["config.callbacks.sam.rho"] for line in lines] == [0.1, None]
+    assert [line["config.optimizer.lr"] for line in lines] == [0.1, 1.0]
+    assert lines[0]["changes"] == "optimizer.lr=0.1" and lines[0]["parity.count"] == 8
+    assert lines[0]["mechanics"] == '["sam"]' and lines[0]["metrics.val/loss"] == 0.0
+    assert table.schema.field("steps").type == "int64" and table.schema.field("config.optimizer.lr").type == "double"
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        read = sorted(csv.DictReader(file), key=lambda line: line["accuracy"])
+    assert list(read[0]) == table.column_names
+    assert [line["config.callbacks.sam.rho"] for line in read] == ["0.1", ""]
+    assert float(read[1]["metrics.val/accuracy"]) == lines[1]["metrics.val/accuracy"]
+
+
+def test_numbers_and_words_in_one_column_are_words(tmp_path: Path) -> None:
+    rows = [{"a": value, "b": None, "config": {}, "metrics": {}} for value in (1, "auto", None)]
+    assert tidy(rows) == {"a": ["1", "auto", None], "b": [None, None, None]}
+
+
+def test_further_columns_of_a_tidy_table_leave_out_what_did_not_converge(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "runs", 0.8, seed=seed) for seed in (0, 1)]
+    for folder, converged in zip(folders, (True, False), strict=True):
+        keep_measurement(folder, "curvature", {}, {"trace": {"value": 2.5, "converged": converged}})
+    name = "measurement:curvature.trace"
+    main(f"{tmp_path}/runs/*/*", str(tmp_path / "runs.csv"), name)
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert {line["seed"]: line[name] for line in csv.DictReader(file)} == {"0": "2.5", "1": ""}
+
+
+def test_another_suffix_or_no_pyarrow_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^output=runs.xlsx: use a file.parquet or file.csv"):
+        write_tidy({"a": [1]}, Path("runs.xlsx"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'flatbit\[analysis\]'"):
+        write_tidy({"a": [1]}, tmp_path / "runs.parquet")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
 import pytest
 import torch
 
-from analysis.figures.oscillation_toy import main, toy_regression
+from analysis.figures.oscillation_toy import draw, toy_regression
 
 LAST = 500
 
@@ -34,12 +31,9 @@ def test_only_dampening_settles(rule: str, changes: bool) -> None:
     assert bool((toy.codes[-LAST:].diff(dim=0) != 0).any()) == changes
 
 
-def test_the_figure_and_its_data(tmp_path: Path) -> None:
-    main(str(tmp_path), steps=400, lr=0.05)
-    assert all((tmp_path / f"oscillation_toy.{suffix}").stat().st_size > 1000 for suffix in ("pdf", "png"))
-    with (tmp_path / "oscillation_toy.csv").open() as file:
-        rows = [(float(row["distance"]), float(row["frequency"])) for row in csv.DictReader(file)]
-    assert len(rows) == 25
-    assert all(frequency == pytest.approx(2 * distance, abs=0.1) for distance, frequency in rows)
+def test_the_data_of_the_figure() -> None:
+    table = draw([], steps=400, lr=0.05).table
+    assert len(table) == 25
+    assert all(frequency == pytest.approx(2 * distance, abs=0.1) for distance, frequency in table)
     with pytest.raises(ValueError, match="steps=1 lr=0.01: use 10 steps or more"):
-        main(str(tmp_path), steps=1, lr=0.01)
+        draw([], steps=1)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import re
+import shlex
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from scipy.stats import ttest_ind
 
 from analysis import keep, tables
+from analysis.cells import four_digits
 from analysis.cli import script
 from analysis.collect import collect
+from analysis.columns import split_names
+from analysis.formats import markdown
+from analysis.significance import welch
 from research.runs.folder import RunFolder
+from research.runs.ptq import write_ptq
 from research.runs.records import MetricsRecord, write_config, write_json, write_summary
+from tests.analysis.run_folders import keep_measurement, write_run
 
 ROW = {
     "name": "final", "float_accuracy": 0.9, "accuracy": 0.8, "deployed_accuracy": 0.801, "size_kib": 66.3,
@@ -45,7 +58,7 @@ def test_seeds_share_a_line_with_mean_and_deviation(tmp_path: Path) -> None:
         make_run(tmp_path, seed, accuracy)
     make_run(tmp_path, 1, 0.9, bits=4)
     make_run(tmp_path, 3, 0.1, finished=False)
-    lines = tables.markdown(collect(f"{tmp_path}/*/*")).splitlines()
+    lines = markdown(tables.result_table(collect(f"{tmp_path}/*/*"))).splitlines()
     assert len(lines) == 2 + 2
     two = next(line for line in lines if "| 2/2 |" in line)
     assert "| 1, 2 |" in two
@@ -58,7 +71,7 @@ def test_page_names_its_source(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", 1, 0.8)
     (tmp_path / "preface.md").write_text("Read this first.\n")
     output, preface = str(tmp_path / "page.md"), str(tmp_path / "preface.md")
-    tables.main(f"{tmp_path}/runs/*/*", output, "Title", preface, "quantizer.weight.name,quantizer.weight.init")
+    tables.main(f"{tmp_path}/runs/*/*", output, "Title", preface, "quantizer.weight.name,changes")
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# Title\n\nRead this first.\n\n| experiment |")
     assert "| lsq | – |" in page
@@ -105,20 +118,193 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/results").glob("*.md")), ids=lambda path: path.stem)
 def test_result_pages_are_what_the_records_generate(page: Path) -> None:
-    found = re.search(r"`python -m analysis.tables 'runs=(.*?)'(?: columns=(.*?))?`", page.read_text())
-    assert found is not None
-    columns = found[2].split(",") if found[2] else ()
-    assert tables.markdown(collect(str(ROOT / found[1])), columns) in page.read_text()
+    found = re.search(r"`python -m analysis.tables (.*?)`", page.read_text())
+    if found is None:
+        pytest.skip("not a page of analysis.tables")
+    given = dict(word.split("=", 1) for word in shlex.split(found[1]))
+    rows = collect(str(ROOT / given.pop("runs")))
+    lists = {"columns": "further", "standard": "standard", "best": "best"}
+    options = {lists.get(key, key): split_names(value) if key in lists else value for key, value in given.items()}
+    assert markdown(tables.result_table(rows, **options)) in page.read_text()
 
 
-def test_further_columns_hold_overrides_settings_and_accuracies_after_quantization() -> None:
-    rows = [
-        {"changes": "optimizer.lr=1", "config": {"optimizer": {"lr": 1.0}}, "ptq_4": value, "ptq_mse_4": None}
-        for value in (0.5, 0.6)
+def shown(root: Path, *further: str, **options: Any) -> list[list[str]]:
+    """The cells below the header of a table."""
+    table = tables.result_table(collect(f"{root}/*/*"), further, **options)
+    lines = [line for line in markdown(table).splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def test_columns_of_settings_metrics_fields_overrides_and_accuracies_after_quantization(tmp_path: Path) -> None:
+    for seed, accuracy in ((0, 0.8), (1, 0.82)):
+        folder = write_run(tmp_path, accuracy, seed=seed, typed=["optimizer.lr=0.1"])
+        if seed:
+            row = {"name": "final", "range": "minmax", "bits": 4, "accuracy": 0.5, "loss": 1.0}
+            write_ptq(folder, [row])
+    names = ("changes", "optimizer.lr", "quantizer.rules", "val/accuracy", "val/loss", "macs", "loss", "ptq_4")
+    assert shown(tmp_path, *names, standard=["seeds"]) == [
+        ["0, 1", "`optimizer.lr=0.1`", "0.1", "[]", "81.00 ± 1.41", "0 ± 0", "1000", "0.5000 ± 0.0000", "50.00 (n=1)"]
     ]
-    assert tables.further(rows, "changes") == "`optimizer.lr=1`"
-    assert tables.further([{"changes": ""}], "changes") == "–"
-    assert tables.further(rows, "optimizer.lr") == "1.0"
-    assert tables.further(rows, "optimizer.momentum") == "–"
-    assert tables.further(rows, "ptq_4") == "55.00 ± 7.07"
-    assert tables.further(rows, "ptq_mse_4") == tables.further(rows, "ptq_3") == "–"
+
+
+def test_an_unknown_column_names_its_like(tmp_path: Path) -> None:
+    write_run(tmp_path, 0.8)
+    with pytest.raises(ValueError, match=r"^columns=optimizer.lrr: no run knows it; did you mean optimizer.lr"):
+        shown(tmp_path, "optimizer.lrr")
+    with pytest.raises(ValueError, match=r"^best=val/loss: no column of this table"):
+        shown(tmp_path, best=["-val/loss"])
+    with pytest.raises(ValueError, match="^output=page.pdf: use a file.md"):
+        tables.main("x", "page.pdf")
+    with pytest.raises(ValueError, match="^format=html: use a file.md"):
+        tables.main("x", "page.md", format="html")
+
+
+def test_measurements_are_chosen_by_kind_settings_and_path(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = write_run(tmp_path, 0.8, seed=seed)
+        for surface, trace in (("quantized", 2.0 + seed), ("latent", 7.0)):
+            values = {
+                "trace": {"value": trace, "standard_error": 0.5},
+                "eigenvalues": {"values": [{"value": 4.0, "converged": seed == 0}], "steps": 3},
+                "layers": {"layer1.0.conv1": {"norm": 0.25}},
+            }
+            keep_measurement(folder, "curvature", {"surface": surface, "deployment": "final"}, values)
+    name = "measurement:curvature[surface=quantized]"
+    paths = (".trace", ".trace.standard_error", ".eigenvalues.values.0", ".layers.layer1.0.conv1.norm")
+    found = shown(tmp_path, *(name + path for path in paths), standard=["seeds"])
+    assert found == [["0, 1", "2.500 ± 0.707", "0.5000 ± 0.0000", "~4 ± 0", "0.2500 ± 0.0000"]]
+    for column, message in (
+        ("measurement:curvature.trace", r"2 values in sweep/\w+; choose by settings, such as \[surface=latent\]"),
+        (name + ".eigenvalues", "no single value; go on with .values or .steps"),
+        (name + ".nothing", "no run knows it"),
+        ("measurement:curvature[surface].trace", "use measurement:<kind>"),
+    ):
+        with pytest.raises(ValueError, match=f"columns={re.escape(column)}: {message}"):
+            shown(tmp_path, column)
+
+
+def sweep_of_two(root: Path) -> None:
+    """LSQ and LSQ with SAM at two learning rates, three seeds; SAM is better at the first rate only."""
+    for seed in range(3):
+        for lr, gain in ((0.1, 0.05), (0.2, 0.0)):
+            write_run(root, 0.80 + 0.01 * seed, seed=seed, lr=lr)
+            write_run(root, 0.80 + 0.01 * seed + gain, seed=seed, lr=lr, callbacks={"sam": {"rho": 0.1}})
+
+
+def test_best_means_are_bold_and_tested_against_the_baseline_of_their_block(tmp_path: Path) -> None:
+    sweep_of_two(tmp_path)
+    options: dict[str, Any] = {"standard": ["method", "optimizer.lr", "accuracy", "val/loss"], "best": ["accuracy"]}
+    found = shown(tmp_path, **options, baseline="lsq", within="optimizer.lr")
+    assert sorted(found) == [
+        ["lsq", "0.1", "81.00 ± 1.00", "0 ± 0"],
+        ["lsq", "0.2", "**81.00 ± 1.00**", "0 ± 0"],
+        ["lsq+sam", "0.1", "**86.00 ± 1.00** ↑", "0 ± 0"],
+        ["lsq+sam", "0.2", "**81.00 ± 1.00**", "0 ± 0"],
+    ]
+    by_setting = shown(tmp_path, **options, baseline="method=lsq+sam,optimizer.lr=0.1")
+    assert [line[2] for line in sorted(by_setting)] == [
+        "81.00 ± 1.00 ↓", "81.00 ± 1.00 ↓", "**86.00 ± 1.00**", "81.00 ± 1.00 ↓"
+    ]  # fmt: skip
+    assert not [
+        line
+        for line in shown(tmp_path, **options, baseline="lsq", within="optimizer.lr", level=1e-6)
+        if "↑" in str(line)
+    ]
+    with pytest.raises(ValueError, match=r"^baseline=lsq: 2 rows fit among resnet8, embedded, 4/4, 3; say more"):
+        shown(tmp_path, **options, baseline="lsq")
+    with pytest.raises(ValueError, match="^baseline=hero: no row"):
+        shown(tmp_path, **options, baseline="hero")
+    smallest = shown(tmp_path, standard=["accuracy"], best=["-accuracy"])
+    assert sorted(line[0] for line in smallest) == ["**81.00 ± 1.00**"] * 3 + ["86.00 ± 1.00"]
+
+
+def test_one_seed_is_never_tested_and_the_notes_say_what_marks_mean(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, 0.5 + 0.01 * seed, seed=seed)
+    write_run(tmp_path, 0.9, callbacks={"sam": {"rho": 0.1}})
+    table = tables.result_table(collect(f"{tmp_path}/*/*"), best=["accuracy"], baseline="lsq")
+    text = markdown(table)
+    assert "| **90.00** |" in text and "**Bold**: the best mean among rows of equal model, data, bits, epochs." in text
+    assert "below the baseline `lsq` of equal model, data, bits, epochs: Welch's two-sided t-test" in text
+    assert "p < 0.05" in text and not [line for line in text.splitlines() if line.startswith("|") and "↑" in line]
+
+
+def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
+    sweep_of_two(tmp_path / "runs")
+    output = tmp_path / "table.tex"
+    options = {
+        "best": "accuracy",
+        "baseline": "lsq",
+        "within": "optimizer.lr",
+        "standard": "experiment,method,accuracy",
+    }
+    tables.main(
+        f"{tmp_path}/runs/*/*", str(output), "50 % & more", columns="optimizer.lr,optimizer._target_", **options
+    )
+    text = output.read_text()
+    assert r"\caption{50 \% \& more}" in text and r"optimizer.\_target\_" in text
+    assert r"& \textbf{86.00 $\pm$ 1.00} $\uparrow$ &" in text
+    body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()[1:-1]
+    assert len(body) == 4 and all(line.count("&") == 4 and line.endswith(r"\\") for line in body)
+    assert [text.count(word) for word in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+    assert len(re.findall(r"(?<!\\){", text)) == len(re.findall(r"(?<!\\)}", text))
+    assert text.startswith("% Generated from run folders: python -m analysis.tables 'runs=")
+
+
+def test_csv_has_full_numbers_deviations_counts_and_p_values(tmp_path: Path) -> None:
+    sweep_of_two(tmp_path / "runs")
+    output = tmp_path / "table.csv"
+    options = {"best": "accuracy", "baseline": "lsq", "within": "optimizer.lr", "standard": "method,accuracy"}
+    tables.main(f"{tmp_path}/runs/*/*", str(output), columns="optimizer.lr", **options)
+    with output.open(newline="") as file:
+        lines = sorted(csv.DictReader(file), key=lambda line: (line["method"], line["optimizer.lr"]))
+    assert list(lines[0]) == [
+        "method",
+        "quantized %",
+        "quantized % sd",
+        "quantized % n",
+        "quantized % p",
+        "optimizer.lr",
+    ]
+    assert float(lines[2]["quantized %"]) == pytest.approx(86.0, rel=1e-12) and lines[2]["quantized % n"] == "3"
+    assert float(lines[2]["quantized % p"]) == pytest.approx(ttest_ind([1, 2, 3], [6, 7, 8], equal_var=False).pvalue)
+    assert lines[0]["quantized % p"] == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([1.0, 2.0, 4.0], [2.0, 2.5]), ([0.1, 0.1], [0.3, 0.5, 0.1, 0.2]), ([5.0, 6.0], [5.0, 6.0])],
+)
+def test_welch_is_scipys(first: list[float], second: list[float]) -> None:
+    assert welch(first, second) == pytest.approx(ttest_ind(first, second, equal_var=False).pvalue, rel=1e-12)
+
+
+def test_nothing_is_tested_without_spread_or_a_second_value() -> None:
+    assert welch([1.0], [2.0, 3.0]) is welch([2.0, 3.0], [1.0]) is welch([1.0, 1.0], [2.0, 2.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (1234567.0, "1234567"), (40551040.5, "4.055e+07"), (0.0123456, "0.01235"),
+                        (12.3456, "12.35"), (-2.5e-7, "-2.500e-07"), (12345.6, "12346")]
+)  # fmt: skip
+def test_numbers_have_four_digits(value: float, text: str) -> None:
+    assert f"{value:{four_digits(value)}}" == text
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_make_a_table_in_under_five_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor time of the whole command, python's start included, so that a busy machine does not count."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    if hasattr(yaml, "CSafeDumper"):
+        monkeypatch.setattr(yaml, "safe_dump", partial(yaml.dump, Dumper=yaml.CSafeDumper))
+    for lr in range(1, 201):
+        for seed in range(5):
+            write_run(tmp_path, 0.8 + 0.001 * seed, seed=seed, lr=0.01 * lr)
+    command = [sys.executable, "-m", "analysis.tables", f"runs={tmp_path}/*/*", "best=accuracy"]
+    before = os.times()
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    after = os.times()
+    assert len([line for line in output.splitlines() if line.startswith("| sweep")]) == 200
+    spent = after.children_user - before.children_user + after.children_system - before.children_system
+    assert spent < 4

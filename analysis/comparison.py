@@ -1,0 +1,89 @@
+"""Marks of a result table: the best mean of each block, and Welch's test of every mean against a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from analysis.cells import Cell, cell
+from analysis.columns import Column, columns, split_names
+from analysis.rows import Row
+from analysis.significance import welch
+
+WITHIN = "model,data,bits,epochs"
+"""Runs are compared with each other where these columns agree: one task, one size, one budget."""
+
+Group = Sequence[Row]
+
+
+def blocks(groups: Sequence[Group], within: str) -> list[tuple[str, list[int]]]:
+    """The groups that may be compared: the values they share, and their positions.
+
+    Args:
+        groups: runs that differ by the seed only.
+        within: column names, separated by commas.
+    """
+    shared = columns(split_names(within), [row for group in groups for row in group])
+    found: dict[str, list[int]] = {}
+    for position, group in enumerate(groups):
+        found.setdefault(", ".join(cell(group, column).written()[0] for column in shared), []).append(position)
+    return list(found.items())
+
+
+def mark_best(cells: Sequence[Cell], smallest: bool) -> list[Cell]:
+    """The cells of one column and block with the best mean marked, as written, so that equal numbers share the mark."""
+    written = [None if c.mean is None or not c.converged else float(c.written()[0]) for c in cells]
+    known = [value for value in written if value is not None]
+    if len(known) < 2:
+        return list(cells)
+    target = min(known) if smallest else max(known)
+    return [replace(c, best=value == target) for c, value in zip(cells, written, strict=True)]
+
+
+def mark_significance(cells: Sequence[Cell], baseline: int) -> list[Cell]:
+    """The cells of one column and block with Welch's p-value against the cell at ``baseline``."""
+    reference = cells[baseline]
+    return [
+        c if c is reference or not c.values or not reference.values
+        else replace(c, p=welch(c.values, reference.values), above=c.mean > reference.mean)  # type: ignore[operator]
+        for c in cells
+    ]  # fmt: skip
+
+
+def baseline_of(groups: Sequence[Group], baseline: str, block: str, within: str) -> int | None:
+    """Position of the baseline among the groups of a block; None where the block has none.
+
+    Args:
+        groups: the groups of the block.
+        baseline: a method or experiment, or ``column=value`` pairs separated by commas.
+        block: what the block shares, for the message.
+        within: what makes blocks, for the message.
+
+    Raises:
+        ValueError: several groups of the block fit.
+    """
+    fitting = [position for position, group in enumerate(groups) if _is(group, baseline)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"baseline={baseline}: {len(fitting)} rows fit among {block}; say more, such as "
+            f"baseline='method=lsq,optimizer.lr=0.01', or add to within={within} what they differ in"
+        )
+    return fitting[0] if fitting else None
+
+
+def _is(group: Group, baseline: str) -> bool:
+    def written(column: Column) -> str:
+        return cell(group, column).written()[0]
+
+    if "=" not in baseline:
+        return baseline in {written(column) for column in columns(("method", "experiment"), group)}
+    pairs = [pair.partition("=") for pair in split_names(baseline)]
+    return all(written(_column(name, group)) == value for name, _, value in pairs)
+
+
+def _column(name: str, group: Group) -> Column:
+    """A column that the other groups may know and this one does not."""
+    try:
+        return columns((name,), group)[0]
+    except ValueError:
+        return Column(name, name, lambda row: None)
