@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint results docs clean
+.PHONY: help train test lint results figures records docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,23 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 		'title=Mechanics on CIFAR-10' preface=analysis/prefaces/mechanics_cifar10.md columns=changes
 	$(TABLES) 'runs=$(RECORDS)/sweep_lsq_recipe/*' output=docs/results/lsq_recipe.md 'title=LSQ recipe at two bits' \
 		preface=analysis/prefaces/lsq_recipe.md columns=optimizer.lr,quantizer.weight.init,quantizer.input.init
+
+RUNS ?= tests/records
+
+figures: .venv/.installed  ## every figure, from the bundled records or from RUNS=DIR, into figures/
+	$(BIN)/python -m analysis.figures runs=$(RUNS) output=figures
+
+SHORT := lsq float ewgs noise_tempering saq oscillation freezing n2uq widths bin_regularization binary
+LOOKED_AT := lsq float n2uq widths bin_regularization binary oscillation freezing
+
+records: export FLATBIT_RUNS := runs/records
+records: .venv/.installed  ## train the short runs behind the bundled records anew; about an hour
+	$(BIN)/python -m research.train experiment=float_resnet8_embedded name=records_start model.width=8 \
+		trainer.max_epochs=6 data.validation=500 deploy.onnx=false logger.wandb.mode=disabled
+	for name in $(SHORT); do $(BIN)/python -m research.train -cd sweeps -cn records_$$name -m || exit; done
+	for run in runs/records/records_float/*/; do $(BIN)/python -m research.evaluate run=$$run 'ptq=[8,6,5,4,3,2]' || exit; done
+	for name in $(LOOKED_AT); do $(BIN)/python -m analysis.distributions "runs=runs/records/records_$$name/*" || exit; done
+	$(BIN)/python -m analysis.keep 'runs=runs/records/records_[!s]*/*,runs/records/records_saq/*' output=tests/records
 
 docs: .venv/.docs  ## build the site into site/
 	$(BIN)/python -m mkdocs build --strict

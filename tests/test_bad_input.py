@@ -138,7 +138,7 @@ COMPOSITION: dict[str, list[str]] = {
     "a=[": ["a=[: ", "write key=value"],
     "seed=abc": ["seed='abc': use an integer"],
     "name=a/b": ["name='a/b' is not a folder name; use letters"],
-    "compile=foo": ["compile=foo: use one of none, network"],
+    "compile=foo": ["compile=foo: use one of none, quantizers, network, auto"],
     "trainer.precision=16": ["trainer.precision=16: use 32 or bf16"],
     "~trainer.precision": ["trainer.precision=None: use 32 or bf16"],
     "~optimizer._target_": ["optimizer._target_='' is no dotted path; use package.module.Name"],

@@ -22,18 +22,19 @@ def readme_commands() -> list[str]:
 
 def test_the_readme_has_the_promised_commands_in_order() -> None:
     wanted = ["make train", "make test", "experiment=", "callbacks=[", "seed=1,2", "seed=1,2"]
-    wanted += ["evaluate", "ptq", "export", "tables", "cifar10"]
+    wanted += ["evaluate", "ptq", "export", "tables", "report", "curvature", "plan", "status", "make figures", "cifar10"]
     commands = readme_commands()
     assert len(commands) == len(wanted)
     for part, command in zip(wanted, commands, strict=True):
         assert part in command
 
 
-@pytest.mark.parametrize("target", ["train", "test"])
+@pytest.mark.parametrize("target", ["train", "test", "figures"])
 def test_make_targets_resolve(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {"train": "analysis.main_job", "test": "pytest tests"}[target] in done.stdout
+    wanted = {"train": "analysis.main_job", "test": "pytest tests", "figures": "analysis.figures runs=tests/records"}
+    assert wanted[target] in done.stdout
 
 
 def shell(command: str, folder: Path, **environment: str) -> str:
@@ -50,8 +51,8 @@ def shell(command: str, folder: Path, **environment: str) -> str:
 def test_readme_commands(tmp_path: Path) -> None:
     for command in readme_commands():
         environment = {}
-        if command == "make test":
-            continue  # this very run
+        if command in ("make test", "make figures"):
+            continue  # this very run; every figure has its test in tests/analysis/test_figures.py
         if command == "make train":
             output = shell(f"python -m analysis.main_job 'overrides={SHORT}'", tmp_path)
             assert output.count("run folder: ") == 3
@@ -76,5 +77,12 @@ def test_readme_commands(tmp_path: Path) -> None:
         if "analysis.tables" in command:
             assert output.count("| ablation |") == 2  # with and without the mechanic, two seeds in each line
             assert "1, 2" in output
+        if "analysis.curvature" in command:
+            assert "quantized" in output
+        if "analysis.plan" in command:
+            assert output.count("missing") >= 18
+        if "analysis.status" in command:
+            assert "4 done" in output
+    assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "exported" / "model.onnx").is_file()
     assert len(list((tmp_path / "runs" / "ablation").iterdir())) == 4

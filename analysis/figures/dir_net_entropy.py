@@ -46,7 +46,7 @@ def draw(rows: Sequence[Row], layer: str = INNER) -> Drawn:
     figure, (left, right) = panels(1, 2, height=3.3)
     edges, dense = density(layers[layer]["histogram"], merge=2)
     left.stairs(dense, edges, fill=True, color="0.75", label="latent weights")
-    left.axvline(0, color="0.2", lw=0.8, ls="--", label="threshold of the plain sign")
+    left.axvline(0, ymax=0.65, color="0.2", lw=0.8, ls="--", label="threshold of the plain sign")
     left.set_xlabel("latent weight / root mean square of its filter")
     left.set_ylabel("density")
     left.set_title(f"{setting(row)}\n{layer}")
@@ -59,9 +59,9 @@ def draw(rows: Sequence[Row], layer: str = INNER) -> Drawn:
     }
     for name, values in found.items():
         right.plot(range(len(layers)), values, label=name, **look[name])
-    right.set_xticks(range(len(layers)), list(layers), rotation=40, ha="right")
+    right.set_xticks(range(len(layers)), list(layers), rotation=90)
     right.set_xlabel("layer")
-    right.set_ylabel("entropy of a weight's code (bits)")
+    right.set_ylabel("entropy of a weight's\ncode (bits)")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     table = [(name, key, value) for name, values in found.items() for key, value in zip(layers, values, strict=True)]
     return Drawn(figure, ("form", "layer", "entropy_bits"), table)

@@ -52,7 +52,7 @@ def draw(rows: Sequence[Row], layer: str = INNER) -> Drawn:
     left.legend()
     names = list(next(iter(found.values())))
     right.axhline(1.8, color="0.5", lw=0.8, label="uniform (1.8)")
-    right.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    right.set_xticks(range(len(names)), names, rotation=90)
     right.set_xlabel("layer")
     right.set_ylabel("kurtosis of the weights")
     right.legend()

@@ -50,9 +50,9 @@ def draw(rows: Sequence[Row]) -> Drawn:
                 axis.plot([place + shift[label]] * len(values), values, "-", color=colour, lw=0.6)
                 axis.plot([place + shift[label]] * len(values), values, marker, color=colour, markersize=4)
                 table += [(label, slot, name, i, value) for i, value in enumerate(values)]
-        axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        axis.set_xticks(range(len(names)), names, rotation=90)
         axis.set_xlabel("layer")
-        axis.set_ylabel(f"level / root mean square of the {slot}")
+        axis.set_ylabel(f"{slot} level\n(root mean squares of the {slot})")
         axis.set_title(setting(row))
     handles: list[Any] = [
         Line2D([], [], label=label, **{**look[label], "linestyle": "-", "linewidth": 0.6}) for label in found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from analysis.figures import __main__ as everything
-from analysis.figures.base import RECORDS, NoData, find, panels, save, styles
+from analysis.figures import lsq_grids, oscillation_toy
+from analysis.figures.base import RECORDS, NoData, by_label, figure_script, find, panels, save, styles
 from analysis.figures.dir_net_entropy import entropy
 from analysis.figures.ewgs_gradient_scale import gradient_scale
 from analysis.figures.lsq_step_gradient import gradients
@@ -24,7 +25,7 @@ from analysis.rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = 0.5
-"""Pixels that the boxes of two texts may share."""
+"""Pixels that two texts may share."""
 
 
 @cache
@@ -103,11 +104,29 @@ def test_figures_without_data_are_named(tmp_path: Path, capsys: pytest.CaptureFi
         everything.drawer("n2uq_thresholds")([])
 
 
-def test_one_figure_as_a_command_with_its_options(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "analysis.figures.lsq_grids", f"output={tmp_path}", "layer=nowhere"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "layer=nowhere: no layer" in done.stderr and "layer2.0.conv2" in done.stderr
+def test_one_figure_as_a_command_with_its_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [f"runs={ROOT / RECORDS}", f"output={tmp_path}", "steps=40", "lr=0.05"]
+    monkeypatch.setattr(sys, "argv", ["oscillation_toy", *arguments])
+    figure_script(oscillation_toy.draw, oscillation_toy.__file__)
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'oscillation_toy.pdf'}, .png and .csv\n"
+    monkeypatch.setattr(sys, "argv", ["lsq_grids", arguments[0], "layer=nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        figure_script(lsq_grids.draw, lsq_grids.__file__)
+    assert "layer=nowhere: no layer" in capsys.readouterr().err
+
+
+def test_of_two_configurations_the_one_with_more_seeds_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    def row(seed: int, lr: float, mechanics: dict[str, Any]) -> Row:
+        config = {"seed": seed, "lr": lr, "data": {"seed": seed}, "callbacks": mechanics}
+        return {"seed": seed, "experiment": "e", "hash": "h", "config": config}
+
+    tracked = {"oscillation_tracker": {"momentum": 0.1}}
+    rows = [row(0, 0.1, {}), row(2, 0.2, {}), row(1, 0.2, {}), row(1, 0.2, tracked)]
+    (found,) = by_label(rows, lambda row: "LSQ").values()
+    assert [(row["seed"], row["config"]["lr"]) for row in found] == [(1, 0.2), (2, 0.2)]
+    assert "2 configurations of LSQ" in caplog.text
 
 
 def test_too_many_methods_are_refused() -> None:

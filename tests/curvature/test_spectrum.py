@@ -133,12 +133,12 @@ def test_block_traces_are_those_of_the_diagonal_blocks() -> None:
     operator = hessian(net, crossentropy, small_batches(), kinds=kinds)
     names = list(operator.layout)
     dense = dense_hessian(net, "quantized", names)
-    blocks = block_traces(operator, probes=60, seed=0, progress=False)
+    blocks = block_traces(operator, probes=25, seed=0, progress=False)
     assert list(blocks) == ["0", "1", "4"]
     for block, members in {"0": ["0.weight"], "1": ["1.weight", "1.bias"], "4": ["4.weight"]}.items():
         exact = sum(float(dense.diagonal()[operator.layout[name]].sum()) for name in members)
         assert abs(blocks[block].value - exact) < 3 * blocks[block].standard_error
-    chosen = block_traces(operator, 60, 0, progress=False, groups={"ends": ["0.weight", "4.weight"]})
+    chosen = block_traces(operator, 25, 0, progress=False, groups={"ends": ["0.weight", "4.weight"]})
     assert chosen["ends"].value == pytest.approx(blocks["0"].value + blocks["4"].value)
 
 
@@ -146,7 +146,7 @@ def test_quantizer_traces_are_those_of_the_quantized_tensors() -> None:
     net = small_net()
     with passes(net, mode={"input": "identity"}):  # then only weights, whose dense traces are known
         dense = dense_hessian(net, "quantized").diagonal()
-        found = quantizer_traces(net, crossentropy, small_batches(), probes=150)
+        found = quantizer_traces(net, crossentropy, small_batches(), probes=50)
     exact = {"0.weight_quantizer": float(dense[:18].sum()), "4.weight_quantizer": float(dense[18:].sum())}
     for name, value in exact.items():
         assert abs(found[name].value - value) < 3 * found[name].standard_error
@@ -154,7 +154,7 @@ def test_quantizer_traces_are_those_of_the_quantized_tensors() -> None:
 
 
 def test_quantizer_traces_do_not_depend_on_the_cut() -> None:
-    whole, parts = (quantizer_traces(small_net(), crossentropy, small_batches(cuts), 150) for cuts in ((7,), (5, 2)))
+    whole, parts = (quantizer_traces(small_net(), crossentropy, small_batches(cuts), 50) for cuts in ((7,), (5, 2)))
     for name, estimate in whole.items():
         spread = (estimate.standard_error**2 + parts[name].standard_error ** 2) ** 0.5
         assert abs(estimate.value - parts[name].value) < 3.5 * spread

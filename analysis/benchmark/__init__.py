@@ -1,0 +1,1 @@
+"""benchmark: what training and running a quantized network costs, as ratios measured in one interleaved run."""

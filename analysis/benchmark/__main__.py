@@ -1,0 +1,77 @@
+"""``python -m analysis.benchmark train|memory|compile|data|lightning|page [key=value ...]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.benchmark import compile, data, lightning, memory, page, train
+from analysis.cli import script
+from research.results import hardware
+from research.runs.environment import snapshot
+from research.runs.files import atomic_write_text
+from research.runs.records import write_json
+
+RECORDS = "docs/results/performance"
+
+MEASURES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
+    "train": (train.measure, {"rounds": 15, "batch_size": 128, "device": "cpu", "clock": "wall", "only": None}),
+    "memory": (memory.measure, {"batch_size": 128, "device": "cpu"}),
+    "compile": (compile.measure, {"batch_size": 128}),
+    "data": (data.measure, {"rounds": 5, "batch_size": 128, "images": 50_000, "device": "cpu"}),
+    "lightning": (lightning.measure, {"rounds": 5, "batches": 500}),
+}
+"""Subcommand to what measures it, with its settings."""
+
+
+def benchmark(kind: str, output: str, threads: int, **settings: Any) -> None:
+    """Measure, print, and keep the record.
+
+    Args:
+        kind: subcommand.
+        output: folder of the records.
+        threads: of torch.
+        settings: of the measurement.
+    """
+    torch.set_num_threads(threads)
+    values = MEASURES[kind][0](**settings)
+    device = settings.get("device", "cpu")
+    record = {
+        "hardware": f"{hardware(snapshot(), device)}, {threads} threads",
+        "torch": torch.__version__,
+        "settings": settings,
+        "values": values,
+    }
+    write_json(Path(output) / f"{kind}.json", record)
+    print(page.SECTIONS[kind][1](values))
+
+
+def write_page(records: str, output: str) -> None:
+    """Make the page of the kept records."""
+    atomic_write_text(Path(output), page.page(Path(records)))
+
+
+def main() -> None:
+    """Entry point: the first argument says what is measured."""
+    kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if kind == "page":
+        script(write_page, {"records": RECORDS, "output": "docs/results/performance.md"})
+    elif kind in MEASURES:
+        defaults: Mapping[str, Any] = {"output": RECORDS, "threads": os.cpu_count(), **MEASURES[kind][1]}
+
+        def run(**arguments: Any) -> None:
+            benchmark(kind, **arguments)
+
+        script(run, defaults)
+    else:
+        print(f"error: {kind or 'nothing'} to measure: use one of {', '.join([*MEASURES, 'page'])}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The performance page, made from the records of `python -m analysis.benchmark`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _train(values: Mapping[str, Any]) -> str:
+    rows = [
+        (group, name, f"{cell['ms']:.0f}", f"{cell['ratio']:.2f}", f"{cell['low']:.2f} to {cell['high']:.2f}")
+        for group, ways in values.items()
+        for name, cell in ways.items()
+    ]
+    return _table(("mode", "network", "ms a step", "ratio to float in the same mode", "quartiles"), rows)
+
+
+def _memory(values: Mapping[str, Any]) -> str:
+    rows = [
+        (name, f"{cell['saved_mib']:.0f}", f"{cell['ratio']:.2f}", f"{cell['peak_mib']:.0f}")
+        for name, cell in values.items()
+    ]
+    return _table(("network", "kept for backward, MiB", "ratio to float, eager", "peak of a process, MiB"), rows)
+
+
+def _compile(values: Mapping[str, Any]) -> str:
+    rows = [(name, f"{cell['cold_s']:.0f}", f"{cell['warm_s']:.0f}") for name, cell in values.items()]
+    return _table(("network", "seconds to the first step, empty cache", "with the cache of an earlier process"), rows)
+
+
+def _data(values: Mapping[str, Any]) -> str:
+    rows = [(name, f"{cell['images_per_second']:,.0f}", f"{cell['ratio']:.1f}") for name, cell in values.items()]
+    return _table(("loader", "images a second", "ratio"), rows)
+
+
+def _lightning(values: Mapping[str, Any]) -> str:
+    row = tuple(f"{values[key]:.0f}" for key in ("hand_us", "host_us", "difference_us"))
+    return _table(("loop by hand, µs a step", "our host, µs a step", "difference, µs"), [row])
+
+
+SECTIONS = {
+    "train": ("Training step", _train),
+    "memory": ("Memory", _memory),
+    "compile": ("Start of a run", _compile),
+    "data": ("Data path", _data),
+    "lightning": ("Everything but the network", _lightning),
+}
+"""Subcommand to heading and table."""
+
+
+def page(folder: Path) -> str:
+    """The page of all records in a folder (``<subcommand>.json``).
+
+    Raises:
+        ValueError: no record there.
+    """
+    parts = [
+        "# Performance\n\nRatios of medians measured in turn in one process. The machine was shared: quartiles of the "
+        "single rounds say how far to trust a ratio.\n"
+    ]
+    found = [kind for kind in SECTIONS if (folder / f"{kind}.json").is_file()]
+    if not found:
+        raise ValueError(f"records={folder}: no record there; make some, e.g. python -m analysis.benchmark train")
+    for kind in found:
+        heading, table = SECTIONS[kind]
+        record: Record = json.loads((folder / f"{kind}.json").read_text())
+        settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if value is not None)
+        parts.append(
+            f"## {heading}\n\n{table(record['values'])}\n\n{record['hardware']}, torch {record['torch']}; {settings}.\n"
+        )
+    return "\n".join(parts) + "\nGenerated: `python -m analysis.benchmark page`.\n"

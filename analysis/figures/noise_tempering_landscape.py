@@ -1,0 +1,28 @@
+"""A slice of the loss by method: ``python -m analysis.figures.noise_tempering_landscape runs=GLOB``.
+
+Along one random direction, filter-normalised and the same for all runs, around the quantized weights; from
+``python -m analysis.landscape``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis.collect import Row
+from analysis.figures.base import Drawn, figure_script, panels, setting, styles
+from analysis.figures.flatness import kept, plot_slices
+from analysis.figures.noise_tempering_curvature import ORDER, by_method
+
+
+def draw(rows: Sequence[Row]) -> Drawn:
+    """A line per method over the position."""
+    groups = by_method(rows)
+    figure, (axis,) = panels(1, 1, width=4.4)
+    table = plot_slices(axis, kept(groups, "landscape", dimensions=1, site="quantized"), styles(ORDER))
+    axis.set_title(setting(next(iter(groups.values()))[0]))
+    axis.legend()
+    return Drawn(figure, ("method", "position", "mean", "low", "high"), table)
+
+
+if __name__ == "__main__":
+    figure_script(draw, __file__)
