@@ -41,6 +41,8 @@ def table(jobs: list[Job], durations: Durations) -> str:
             for line in [header, *lines]]  # fmt: skip
     counts = ", ".join(f"{states[state]} {state}" for state in (*STATES, REFUSED) if states[state])
     total = f"about {hours:.2f} h of training one after another" + (f", {unknown} unknown" if unknown else "")
+    if unknown and not hours:
+        total = "no like run has finished: hours unknown"
     origin = [f"{mark} hours by the record of {name}" for name, mark in sources.items()]
     return "\n".join([*rows, "", *origin, f"{len(jobs)} jobs: {counts}; {total}"])
 

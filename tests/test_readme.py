@@ -22,7 +22,18 @@ def readme_commands() -> list[str]:
 
 def test_the_readme_has_the_promised_commands_in_order() -> None:
     wanted = ["make train", "make test", "experiment=", "callbacks=[", "seed=1,2", "seed=1,2"]
-    wanted += ["evaluate", "ptq", "export", "tables", "report", "curvature", "plan", "status", "make figures", "cifar10"]
+    wanted += [
+        "evaluate",
+        "ptq",
+        "export",
+        "tables",
+        "report",
+        "curvature",
+        "plan",
+        "status",
+        "make figures",
+        "cifar10",
+    ]
     commands = readme_commands()
     assert len(commands) == len(wanted)
     for part, command in zip(wanted, commands, strict=True):

@@ -145,6 +145,13 @@ class TemperedLSQ(LSQ):
         else:
             self.register_buffer("delta", delta)
 
+    @property
+    def plain_lsq(self) -> bool:
+        """Whether nothing is tempered: no noise, and a gradient scale that is fixed at none."""
+        tempering = self.tempering
+        unscaled = tempering.delta == 0 and (tempering.delta_learn, tempering.grad_scale) == ("fixed", "elementwise")
+        return unscaled and not tempering.noisy
+
     def plain(self) -> LSQ:
         """The LSQ quantizer with the same state."""
         mask, count, factor = self.mask, self.count_batch, self.gradient_factor

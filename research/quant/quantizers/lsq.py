@@ -71,10 +71,16 @@ class LSQ(Quantizer):
         qmax = self.limits()[1].to(parameter.dtype)
         return scale_gradient(parameter, lsq_gradient_factor(self._elements(x), qmax))
 
+    @property
+    def plain_lsq(self) -> bool:
+        """Whether the arithmetic is LSQ's own, no subclass's."""
+        return type(self).fake_quantize is LSQ.fake_quantize and type(self).transform is LSQ.transform
+
     def fused_grid(self, x: Tensor) -> UniformGrid | None:
-        """One scale, the paper's mask, and nobody's own arithmetic."""
-        plain = type(self).fake_quantize is LSQ.fake_quantize and type(self).transform is LSQ.transform
-        if not plain or self.mode != "quantize" or self.mask != "clip_first" or self.raw_scale.ndim or self.bits.ndim:
+        """One scale, the paper's mask, and LSQ's own arithmetic."""
+        if not self.plain_lsq or self.mode != "quantize" or self.mask != "clip_first":
+            return None
+        if self.raw_scale.ndim or self.bits.ndim:
             return None
         low, high = (float(limit) for limit in self.limits())
         qmax = torch.tensor(high, dtype=torch.float64)
