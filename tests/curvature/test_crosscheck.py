@@ -10,7 +10,7 @@ from research.curvature.operators import CurvatureOperator
 from research.curvature.surface import SURFACES, Surface
 from tests.curvature.small import WEIGHTS, at_surface, crossentropy, products, small_batches, small_net, vectors
 
-curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed; see the Makefile")
+curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed; .ci/run installs it")
 OTHERS = {"hessian": "HessianLinearOperator", "ggn": "GGNLinearOperator", "fisher": "EFLinearOperator"}
 
 
