@@ -39,6 +39,8 @@ figures: .venv/.installed  ## every figure, from the bundled records or from RUN
 SHORT := lsq float ewgs noise_tempering saq oscillation freezing n2uq widths bin_regularization binary
 LOOKED_AT := lsq float n2uq widths bin_regularization binary oscillation freezing
 
+CURVATURE := $(BIN)/python -m analysis.curvature k=1 max_iterations=40 probes=12 seeds=0 wandb=disabled
+
 records: export FLATBIT_RUNS := runs/records
 records: .venv/.installed  ## train the short runs behind the bundled records anew; about an hour
 	$(BIN)/python -m research.train experiment=float_resnet8_embedded name=records_start model.width=8 \
@@ -46,6 +48,15 @@ records: .venv/.installed  ## train the short runs behind the bundled records an
 	for name in $(SHORT); do $(BIN)/python -m research.train -cd sweeps -cn records_$$name -m || exit; done
 	for run in runs/records/records_float/*/; do $(BIN)/python -m research.evaluate run=$$run 'ptq=[8,6,5,4,3,2]' || exit; done
 	for name in $(LOOKED_AT); do $(BIN)/python -m analysis.distributions "runs=runs/records/records_$$name/*" || exit; done
+	for name in lsq oscillation freezing; do $(BIN)/python -m analysis.oscillation "runs=runs/records/records_$$name/*" && \
+		$(BIN)/python -m analysis.batchnorm "runs=runs/records/records_$$name/*" || exit; done
+	for run in runs/records/records_saq/* runs/records/records_lsq/*; do \
+		$(BIN)/python -m analysis.sharpness runs=$$run 'rho=[0.02,0.05,0.1]' images=256 || exit; done
+	for run in runs/records/records_lsq/* runs/records/records_ewgs/* runs/records/records_noise_tempering/*; do \
+		$(BIN)/python -m analysis.sharpness runs=$$run norm=filter 'rho=[0.005,0.01,0.02]' images=256 && \
+		$(BIN)/python -m analysis.landscape runs=$$run images=256 && $(CURVATURE) runs=$$run images=256 || exit; done
+	for run in runs/records/records_saq/*; do $(BIN)/python -m analysis.landscape runs=$$run images=256 || exit; done
+	for run in runs/records/records_float/*; do $(CURVATURE) runs=$$run images=128 || exit; done
 	$(BIN)/python -m analysis.keep 'runs=runs/records/records_[!s]*/*,runs/records/records_saq/*' output=tests/records
 
 docs: .venv/.docs  ## build the site into site/

@@ -52,12 +52,18 @@ def oscillation_counts(row: Row) -> Measurement:
 
 
 def main(runs: str) -> None:
-    """Count every run that matches, and print the share of its weights that oscillated.
+    """Count every run with a tracker, and print the share of its weights that oscillated.
 
     Args:
-        runs: glob over run folders.
+        runs: glob over run folders; those without a tracker are named.
     """
-    for row in {row["path"]: row for row in collect(runs)}.values():
+    rows = list({row["path"]: row for row in collect(runs)}.values())
+    if not any(TRACKER in row["mechanics"] for row in rows):
+        raise ValueError(f"runs={runs}: none of them counted anything; train with callbacks=[{TRACKER}]")
+    for row in rows:
+        if TRACKER not in row["mechanics"]:
+            print(f"{row['experiment']}/{row['hash']}: left out, no {TRACKER}")
+            continue
         counts = oscillation_counts(row)["values"]["counts"]
         weights = sum(map(sum, counts.values()))
         share = 1 - sum(layer[0] for layer in counts.values()) / weights

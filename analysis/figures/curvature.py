@@ -11,7 +11,7 @@ from analysis.collect import Row
 from analysis.figures.base import Drawn, panels
 from analysis.figures.flatness import curvature_values, kept, plot_estimates
 
-LABELS = {"top_eigenvalue": "greatest eigenvalue of the {}\n(nats / unit²)", "trace": "trace of the {}\n(nats / unit²)"}
+LABELS = {"top_eigenvalue": "greatest eigenvalue of the\n{} (nats / unit²)", "trace": "trace of the {}\n(nats / unit²)"}
 OPERATORS = {"hessian": "Hessian", "ggn": "GGN", "fisher": "empirical Fisher"}
 
 
@@ -38,7 +38,7 @@ def draw_curvature(groups: Mapping[str, Sequence[Row]], title: str) -> Drawn:
         converged = converged and all(entry[2] for entries in values.values() for entry in entries)
     if not converged:
         cross = Line2D(
-            [], [], marker="X", linestyle="none", color="black", markerfacecolor="white", label="unconverged"
+            [], [], marker="X", linestyle="none", color="black", markerfacecolor="white", label="not converged"
         )
         figure.legend(handles=[cross], loc="outside lower center")
     return Drawn(figure, ("method", "quantity", "value", "residual_or_standard_error", "converged"), table)

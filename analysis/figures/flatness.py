@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from analysis.collect import Row
 from analysis.figures.base import Curve, NoData, Style, plain, plot_curve
@@ -66,6 +67,7 @@ def plot_sharpness(axis: Axes, found: Kept, look: Mapping[str, Style]) -> list[t
     settings = next(iter(found.values()))[0][0]["settings"]
     if all(row[3] > 0 for row in table):
         axis.set_yscale("log")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_xlabel(f"radius ρ ({UNITS[settings['norm']]})")
     axis.set_ylabel(f"{FORM_WORDS[settings['form']]} of the\ntraining loss (nats)")
     return table

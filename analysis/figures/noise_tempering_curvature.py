@@ -1,7 +1,8 @@
 """Curvature of the quantized network by method: ``python -m analysis.figures.noise_tempering_curvature runs=GLOB``.
 
 Greatest eigenvalue and trace of the Hessian by the de-quantized weights, from ``python -m analysis.curvature``: bars
-are means, rings single estimates with residual or standard error; a cross has not converged.
+are means, rings single estimates with residual or standard error; a cross has not converged. EWGS is left out: it gives
+its weights another scale, and with it their curvature another unit.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def draw(rows: Sequence[Row]) -> Drawn:
     """Two panels of bars."""
-    groups = by_method(rows)
+    groups = {name: group for name, group in by_method(rows).items() if name != "EWGS"}
     return draw_curvature(groups, setting(next(iter(groups.values()))[0]))
 
 

@@ -74,7 +74,7 @@ def draw(rows: Sequence[Row], layer: str = INNER) -> Drawn:
     left.set_ylabel("density")
     left.set_title(f"{setting(groups[name][0])}\n{layer}")
     right.set_xlabel("distance to the nearest level / scale")
-    right.set_ylabel("weights (%), mean over layers")
+    right.set_ylabel("weights (%),\nmean over layers")
     right.set_ylim(bottom=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
     return Drawn(figure, ("method", "distance_from", "percent"), table)

@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
         table += [(name, "val_accuracy_percent", *values) for values in zip(*found, strict=True)]
     own = next(row for group in groups.values() for row in group if SLUG in row["mechanics"])
     left.set_xlabel("optimizer steps")
-    left.set_ylabel("term of the loss (λ × mean squared\ndistance to the levels)")
+    left.set_ylabel("term of the loss (λ × squared\ndistance to the levels)")
     left.set_ylim(bottom=0)
     left.set_title(f"{setting(own)},\nλ up to {option(own, SLUG, 'strength'):g}")
     right.set_xlabel("epochs done")

@@ -39,7 +39,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
     if setting(next(iter(others.values()))[0]) == setting(next(iter(groups.values()))[0]):
         groups = others | groups
     values = {
-        name: [pair for row in groups[name] if (pair := before_and_after(row)) is not None]
+        name: {row["seed"]: pair for row in groups[name] if (pair := before_and_after(row)) is not None}
         for name in sorted(groups, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     }
     values = {name: pairs for name, pairs in values.items() if pairs}
@@ -50,18 +50,18 @@ def draw(rows: Sequence[Row]) -> Drawn:
     table: list[tuple[Any, ...]] = []
     for place, (name, pairs) in enumerate(values.items()):
         for index, form in enumerate(FORMS):
-            at, seeds = place + 0.24 * index - 0.12, [pair[index] for pair in pairs]
+            at, seeds = place + 0.24 * index - 0.12, [pair[index] for pair in pairs.values()]
             mark = {**look[form], "linestyle": "none", "markersize": 7}
             axis.plot(at, mean(seeds), **mark, label=None if place else form)
             axis.plot([at + 0.07] * len(seeds), seeds, "o", color="black", markersize=3, markerfacecolor="white")
-            table += [(name, form, row_number, value) for row_number, value in enumerate(seeds)]
+            table += [(name, form, *pair) for pair in zip(pairs, seeds, strict=True)]
     axis.set_xticks(range(len(values)), [name.replace(" + ", " +\n") for name in values])
     axis.set_xlim(-0.5, len(values) - 0.5)
     axis.set_xlabel("method")
     axis.set_ylabel("test accuracy (%)")
     axis.set_title(setting(next(iter(groups.values()))[0]))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, title="batch-norm statistics")
-    return Drawn(figure, ("method", "batchnorm", "run", "accuracy_percent"), table)
+    return Drawn(figure, ("method", "batchnorm", "seed", "accuracy_percent"), table)
 
 
 if __name__ == "__main__":

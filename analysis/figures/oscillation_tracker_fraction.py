@@ -49,7 +49,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
         axis.set_ylim(bottom=0)
         axis.set_title(setting(first))
     limit = option(first, SLUG, "limit")
-    axes[0].set_ylabel(f"weights that oscillate (%),\nfrequency above {limit:g} a step")
+    axes[0].set_ylabel(f"oscillating weights (%),\nfrequency > {limit:g} a step")
     axes[1].set_ylabel("weights that have\never oscillated (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups))
     return Drawn(figure, ("method", "share", "epoch", "mean_percent", "low", "high"), table)

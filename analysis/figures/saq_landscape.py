@@ -20,7 +20,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
     figure, (axis,) = panels(1, 1, width=4.4)
     table = plot_slices(axis, kept(groups, "landscape", dimensions=1, site="quantized"), styles(ORDER))
     axis.set_title(setting(next(iter(groups.values()))[0]))
-    axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return Drawn(figure, ("case", "position", "mean", "low", "high"), table)
 
 
