@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "density_steps": 60,
     "per_layer": False,
     "per_quantizer": False,
+    "keep_graphs": True,
     "threads": None,
     "wandb": "offline",
     "data": DATA,
@@ -103,6 +104,7 @@ class Measured:
                 subject.batches,
                 options["surface"],
                 kinds=options["kinds"],
+                keep_graphs=options["keep_graphs"],
             )
         return self._operator
 
@@ -225,8 +227,8 @@ def main(runs: str, **options: Any) -> None:
         options: see `DEFAULTS`: ``deployment`` (None: all), ``initial``, ``surface`` (quantized, latent), ``operator``
             (hessian, ggn, fisher), ``kinds`` of parameters, ``images`` and ``batch_size``, ``k`` eigenvalues to
             ``tolerance`` within ``max_iterations``, ``probes`` of traces, ``seeds`` of the estimators; ``per_layer``,
-            ``per_quantizer`` and ``density`` (``density_runs`` of ``density_steps``) for more; ``threads``; ``wandb``
-            (offline, online, disabled); folders ``data`` and ``checkpoints``.
+            ``per_quantizer`` and ``density`` (``density_runs`` of ``density_steps``) for more; ``keep_graphs``
+            (faster, memory for all images at once); ``threads``; ``wandb`` (offline, online, disabled); folders ``data`` and ``checkpoints``.
     """
     options |= {"kinds": listed(options["kinds"])}
     if options["threads"] is not None:

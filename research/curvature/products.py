@@ -14,6 +14,7 @@ None holds a gradient per sample: the memory is that of a few backward passes, w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,18 +33,41 @@ Product = Callable[[Evaluate, Loss, Any, Moves], dict[str, Tensor]]
 """``(evaluate, loss, batch, direction) -> product``, in the shapes of the direction."""
 
 
-def hessian_product(evaluate: Evaluate, loss: Loss, batch: Any, direction: Moves) -> dict[str, Tensor]:
-    """Hessian of the batch's mean loss times ``direction``; zeros where the gradient is constant."""
-    moves = _leaves(direction)
+@dataclass(frozen=True)
+class HessianGraph:
+    """The first derivatives of a batch's mean loss, with their graph: every product is one more backward pass.
+
+    Attributes:
+        moves: the variables, at zero.
+        gradients: the loss's derivative by each.
+    """
+
+    moves: dict[str, Tensor]
+    gradients: tuple[Tensor, ...]
+
+    def times(self, direction: Moves) -> dict[str, Tensor]:
+        """The Hessian times ``direction``; zeros where the gradient is constant."""
+        varying = [name for name, g in zip(self.moves, self.gradients, strict=True) if g.requires_grad]
+        if not varying:
+            return {name: torch.zeros_like(move) for name, move in self.moves.items()}
+        outputs = [g for g in self.gradients if g.requires_grad]
+        vectors = [direction[name] for name in varying]
+        found = torch.autograd.grad(
+            outputs, list(self.moves.values()), vectors, retain_graph=True, materialize_grads=True
+        )
+        return dict(zip(self.moves, found, strict=True))
+
+
+def hessian_graph(evaluate: Evaluate, loss: Loss, batch: Any, like: Moves) -> HessianGraph:
+    """The first derivatives by moves in the shapes of ``like``."""
+    moves = _leaves(like)
     value = evaluate(moves, lambda network: loss(network, batch))
-    gradients = torch.autograd.grad(value, list(moves.values()), create_graph=True)
-    varying = [name for name, gradient in zip(moves, gradients, strict=True) if gradient.requires_grad]
-    if not varying:
-        return {name: torch.zeros_like(move) for name, move in moves.items()}
-    outputs = [gradient for gradient in gradients if gradient.requires_grad]
-    vectors = [direction[name] for name in varying]
-    found = torch.autograd.grad(outputs, list(moves.values()), vectors, materialize_grads=True)
-    return dict(zip(moves, found, strict=True))
+    return HessianGraph(moves, torch.autograd.grad(value, list(moves.values()), create_graph=True))
+
+
+def hessian_product(evaluate: Evaluate, loss: Loss, batch: Any, direction: Moves) -> dict[str, Tensor]:
+    """Hessian of the batch's mean loss times ``direction``."""
+    return hessian_graph(evaluate, loss, batch, direction).times(direction)
 
 
 def ggn_product(evaluate: Evaluate, loss: Loss, batch: Any, direction: Moves) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,20 @@ def test_it_does_not_matter_how_the_data_is_cut(make: type[CurvatureOperator]) -
     v = torch.randn(42, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     whole, parts = (make(net, crossentropy, small_batches(cuts)).matvec(v) for cuts in ((7,), (1, 4, 2)))
     torch.testing.assert_close(parts, whole, rtol=1e-11, atol=0)
+
+
+def test_kept_graphs_give_the_same_products() -> None:
+    net, calls = small_net(), []
+
+    def counted(network: Any, batch: Any) -> Tensor:
+        calls.append(len(batch[1]))
+        return crossentropy(network, batch)
+
+    kept = CurvatureOperator("hessian", net, counted, small_batches(), keep_graphs=True)
+    before = len(calls)
+    found = products(kept)
+    assert torch.equal(found, products(hessian(net, crossentropy, small_batches())))
+    assert len(calls) - before == len(CUTS), "one evaluation of each batch for all products"
 
 
 def test_clipped_weights_make_the_surfaces_differ() -> None:
