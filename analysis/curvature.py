@@ -227,8 +227,9 @@ def main(runs: str, **options: Any) -> None:
         options: see `DEFAULTS`: ``deployment`` (None: all), ``initial``, ``surface`` (quantized, latent), ``operator``
             (hessian, ggn, fisher), ``kinds`` of parameters, ``images`` and ``batch_size``, ``k`` eigenvalues to
             ``tolerance`` within ``max_iterations``, ``probes`` of traces, ``seeds`` of the estimators; ``per_layer``,
-            ``per_quantizer`` and ``density`` (``density_runs`` of ``density_steps``) for more; ``keep_graphs``
-            (faster, memory for all images at once); ``threads``; ``wandb`` (offline, online, disabled); folders ``data`` and ``checkpoints``.
+            ``per_quantizer`` and ``density`` (``density_runs`` of ``density_steps``) for more; ``keep_graphs`` (faster,
+            with memory for all images at once); ``threads``; ``wandb`` (offline, online, disabled); folders ``data``
+            and ``checkpoints``.
     """
     options |= {"kinds": listed(options["kinds"])}
     if options["threads"] is not None:

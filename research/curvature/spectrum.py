@@ -24,7 +24,7 @@ from research.curvature.surface import owners
 
 Which = Literal["LM", "LA", "SA"]
 WHICH: tuple[Which, ...] = get_args(Which)
-FIRST_STEPS, MORE_STEPS = 20, 5
+FIRST_STEPS, MORE_STEPS = 15, 5
 
 
 def top_eigenvalues(

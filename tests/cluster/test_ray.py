@@ -54,7 +54,7 @@ def a_worker_in_mid_epoch(runs: Path, grid: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_a_killed_worker_and_a_failed_job_leave_the_others_as_they_were(tmp_path: Path, short_folder: Path) -> None:
     missing = [name for name in ("ray", "hydra_plugins.hydra_ray_launcher") if not found(name)]
     if missing:

@@ -23,7 +23,7 @@ pytestmark = [
         reason="no SLURM cluster: bash tests/cluster/slurm.sh .venv/bin/python -m pytest tests/cluster",
     ),
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
 ]
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -308,7 +308,7 @@ REAL = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_two_real_workers_of_which_one_is_killed_with_its_training(tmp_path: Path) -> None:
     space = {
         "optimizer.lr": {"type": "float", "low": 0.01, "high": 0.3, "log": True},
