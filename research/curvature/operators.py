@@ -15,6 +15,7 @@ from hessian_eigenthings.operators.base import CurvatureOperator as LibraryOpera
 from torch import Tensor, nn
 
 from research.curvature.batches import FixedBatches, check_buffers, check_repeatable
+from research.curvature.constants import constants
 from research.curvature.displacement import displaced
 from research.curvature.products import (
     HessianGraph,
@@ -134,9 +135,10 @@ class CurvatureOperator(LibraryOperator):  # type: ignore[misc]
         """
         self.products += 1
         direction, total = self.split(v), torch.zeros_like(v)
-        for index, (batch, share) in enumerate(shares(self.batches)):
-            found = self._batch_product(index, batch, direction)
-            total += share * torch.cat([found[name].reshape(-1) for name in self.layout])
+        with constants(self.net):
+            for index, (batch, share) in enumerate(shares(self.batches)):
+                found = self._batch_product(index, batch, direction)
+                total += share * torch.cat([found[name].reshape(-1) for name in self.layout])
         check_buffers(self.net, self._buffers)
         if not bool(total.isfinite().all()):
             raise ValueError(f"operator={self.kind}: a product is not finite; the network's weights are too large")
@@ -155,7 +157,8 @@ class CurvatureOperator(LibraryOperator):  # type: ignore[misc]
 
     def _used(self, moves: Moves) -> set[str]:
         variables = {name: move.clone().requires_grad_() for name, move in moves.items()}
-        value = self._evaluate(variables, lambda network: self.loss(network, self.batches[0]))
+        with constants(self.net):
+            value = self._evaluate(variables, lambda network: self.loss(network, self.batches[0]))
         used = set(named_gradients(value, variables)) if value.requires_grad else set()
         if not used:
             raise ValueError(

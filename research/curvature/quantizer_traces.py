@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from research.curvature.batches import FixedBatches, check_repeatable
+from research.curvature.constants import constants
 from research.curvature.estimates import Trace
 from research.curvature.hutchinson import block_samples, gradient_products
 from research.curvature.operators import require_eager
@@ -43,7 +44,7 @@ def quantizer_traces(
     mean: dict[str, float] = {}
     variance: dict[str, float] = {}
     for batch, share in bar(shares(batches), "quantizer traces"):
-        with evaluating(net), surrogate_gradients(net), recorded_outputs(net) as outputs:
+        with constants(net), evaluating(net), surrogate_gradients(net), recorded_outputs(net) as outputs:
             value = loss(net, batch)
         if not outputs:
             raise ValueError("per_quantizer=true: the network has no quantizers; use per_quantizer=false")
