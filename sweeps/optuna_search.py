@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 try:
@@ -37,17 +38,43 @@ PRUNED = "pruned.txt"
 USAGE = "python -m sweeps.optuna_search [show] search=NAME [search.trials=40 ...] [overrides of training]"
 
 
+class Stop:
+    """Signals to stop, remembered until a moment at which stopping is safe: an exception out of a signal handler could
+    leave a lock behind, such as that of `subprocess`. A second Ctrl-C does not wait for that moment.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def listen(self) -> None:
+        """From now on remember them."""
+        for number in (*STOP_SIGNALS, signal.SIGINT):  # shells ignore the last one for what runs in the background
+            signal.signal(number, self._remember)
+
+    def obey(self) -> None:
+        """Raise SystemExit if there was one."""
+        if self.received is not None:
+            sys.exit(128 + self.received)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+
 class Worker:
     """One worker of a search: takes trials until all are done.
 
     Args:
         search: what to search.
         runs: folder of the runs; the study lies in ``search/<name>`` below it.
+        stop: looked at between two steps of the work, and every ``POLL`` seconds.
     """
 
-    def __init__(self, search: Search, runs: Path) -> None:
+    def __init__(self, search: Search, runs: Path, stop: Stop) -> None:
         self.search = search
         self.runs = runs
+        self.stop = stop
         self.shared = SearchStudy(search, study_folder(search, runs))
         self.study = self.shared.study
 
@@ -55,6 +82,7 @@ class Worker:
         """Work on trials, and wait for those of other workers, until the study is finished."""
         waiting: list[int] = []
         while True:
+            self.stop.obey()
             claimed = self.shared.claim()
             if claimed is not None:
                 trial, lock = claimed
@@ -79,6 +107,7 @@ class Worker:
         with Training(overrides, self.shared.folder / f"trial-{trial.number}.txt", lock.fileno()) as training:
             ended = False
             while not ended:
+                self.stop.obey()
                 ended = training.ended(POLL)
                 folder = training.folder
                 if folder is None:
@@ -187,7 +216,7 @@ def arguments(words: Sequence[str]) -> tuple[Search, Path, bool]:
     return search, Path([os.environ.get("FLATBIT_RUNS") or "runs", *runs][-1]).absolute(), shown
 
 
-def run(words: Sequence[str]) -> int:
+def run(words: Sequence[str], stop: Stop | None = None) -> int:
     """Search, or show, as the command line says; the exit code: 1 where trials failed, 2 for an error of the user."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -195,7 +224,7 @@ def run(words: Sequence[str]) -> int:
         if shown:
             show(search, runs)
             return 0
-        worker = Worker(search, runs)
+        worker = Worker(search, runs, stop or Stop())
         worker.work()
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -209,11 +238,10 @@ def run(words: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
+    stop = Stop()
+    stop.listen()
     try:
-        sys.exit(run(sys.argv[1:]))
+        sys.exit(run(sys.argv[1:], stop))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
