@@ -15,6 +15,7 @@ from torch import Tensor
 from research.learning.double_backward import layer_weights
 from research.learning.evaluation import Evaluation, Objective, State
 from research.learning.mechanic import Mechanic
+from research.quant.convolution import fast_double_backward
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -60,9 +61,10 @@ class GradL1(Mechanic):
         """The loss with the term ``grad_l1``."""
 
         def regularised(batch: Any, state: State | None = None) -> Evaluation:
-            evaluation = objective(batch, state)
             if self.strength == 0:
-                return evaluation
+                return objective(batch, state)
+            with fast_double_backward(self.module.net):
+                evaluation = objective(batch, state)
             parameters = dict(self.module.net.named_parameters())
             weights = [parameters[name] for name in self.penalised]
             term = self.strength * gradient_l1(torch.autograd.grad(evaluation.loss, weights, create_graph=True))

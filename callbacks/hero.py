@@ -6,6 +6,7 @@ The formulas are those of the official code (Xiaoxuan-Yang/HERO), which differ f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from research.learning.double_backward import layer_weights
 from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
 from research.learning.mechanic import Claim, Mechanic
 from research.learning.perturbation import EPS, joint_norm, moved_parameters, named_gradients, sam_perturbation
+from research.quant.convolution import fast_double_backward
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -149,7 +151,8 @@ class HERO(Mechanic):
                 rewind()
                 moved = moved_parameters(module.net, state, perturbation)
                 buffers = before if self.statistics == "counted" else {}
-                second = objective(batch, {**(state or {}), **buffers, **moved})
+                with fast_double_backward(module.net) if self.penalising else nullcontext():
+                    second = objective(batch, {**(state or {}), **buffers, **moved})
             if not self.penalising:
                 terms = {**first.terms, "hero": torch.zeros_like(second.loss)}
                 return Evaluation(batch, second.loss, first.outputs, terms, first.taps)

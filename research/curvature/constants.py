@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from research.quant.passes import rebound
+from research.quant.passes import method_replaced
 
 NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -28,7 +28,7 @@ def constants(net: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module in net.modules():
             if type(module) in NORMS and module.affine and module.track_running_stats:
-                stack.enter_context(rebound(module, "forward", affine_forward(module)))
+                stack.enter_context(method_replaced(module, "forward", affine_forward(module)))
         yield
 
 

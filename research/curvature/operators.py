@@ -8,6 +8,7 @@ hessian-eigenthings, whose algorithms run on them (`research.curvature.spectrum`
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from research.curvature.sharpness import Loss, shares
 from research.curvature.surface import WEIGHTS, Surface, leaves, replaced_rules
 from research.learning.evaluation import Network
 from research.learning.perturbation import named_gradients
+from research.quant.convolution import fast_double_backward
 from research.quant.kinds import Kind
 from research.quant.passes import surrogate_gradients
 
@@ -135,7 +137,8 @@ class CurvatureOperator(LibraryOperator):  # type: ignore[misc]
         """
         self.products += 1
         direction, total = self.split(v), torch.zeros_like(v)
-        with constants(self.net):
+        fast = fast_double_backward(self.net) if self.kind == "hessian" else nullcontext()
+        with constants(self.net), fast:
             for index, (batch, share) in enumerate(shares(self.batches)):
                 found = self._batch_product(index, batch, direction)
                 total += share * torch.cat([found[name].reshape(-1) for name in self.layout])

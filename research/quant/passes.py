@@ -6,7 +6,7 @@ can share one backward, and a compiled network keeps its graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -104,6 +104,20 @@ def rebound(owner: nn.Module, attribute: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, attribute, before)
+
+
+@contextmanager
+def method_replaced(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let ``function`` stand for a method of ``module`` alone inside the block; it is called without the module."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
 
 
 @contextmanager
