@@ -47,7 +47,8 @@ DEFAULTS: dict[str, Any] = {
     "k": 5,
     "tolerance": 1e-3,
     "max_iterations": 100,
-    "probes": 30,
+    "probes": 16,
+    "block_probes": 30,
     "seeds": [0, 1],
     "density": False,
     "density_runs": 4,
@@ -64,8 +65,8 @@ SHARED = ("surface", "operator", "kinds", "images", "batch_size")
 """Options that every measurement depends on."""
 
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "per_layer": ("layer_curvature", ("probes",)),
-    "per_quantizer": ("quantizer_curvature", ("probes",)),
+    "per_layer": ("layer_curvature", ("block_probes",)),
+    "per_quantizer": ("quantizer_curvature", ("block_probes",)),
     "density": ("spectral_density", ("density_runs", "density_steps")),
 }
 """What is measured on demand: kind of the measurement, and the further options that it depends on."""
@@ -128,13 +129,12 @@ class Measured:
         options = self.options
 
         def values() -> dict[str, Any]:
-            top = top_eigenvalues(
-                self.operator, options["k"], options["tolerance"], options["max_iterations"], seed
-            ).record()
+            found = top_eigenvalues(self.operator, options["k"], options["tolerance"], options["max_iterations"], seed)
+            top = found.record()
             return {
                 "eigenvalues": top["values"],
                 "iterations": top["iterations"],
-                "trace": trace(self.operator, options["probes"], seed).record(),
+                "trace": trace(self.operator, options["probes"], seed, known=found.explored).record(),
             }
 
         return self.measurement("curvature", ("k", "tolerance", "max_iterations", "probes"), seed, values)
@@ -144,7 +144,7 @@ class Measured:
         kind, keys = PARTS[option]
 
         def values() -> dict[str, Any]:
-            operator, probes = self.operator, self.options["probes"]
+            operator, probes = self.operator, self.options["block_probes"]
             if option == "density":
                 runs, steps = self.options["density_runs"], self.options["density_steps"]
                 return spectral_density(operator, runs, steps, seed=seed).record()
@@ -226,10 +226,10 @@ def main(runs: str, **options: Any) -> None:
         runs: glob over run folders.
         options: see `DEFAULTS`: ``deployment`` (None: all), ``initial``, ``surface`` (quantized, latent), ``operator``
             (hessian, ggn, fisher), ``kinds`` of parameters, ``images`` and ``batch_size``, ``k`` eigenvalues to
-            ``tolerance`` within ``max_iterations``, ``probes`` of traces, ``seeds`` of the estimators; ``per_layer``,
-            ``per_quantizer`` and ``density`` (``density_runs`` of ``density_steps``) for more; ``keep_graphs`` (faster,
-            with memory for all images at once); ``threads``; ``wandb`` (offline, online, disabled); folders ``data``
-            and ``checkpoints``.
+            ``tolerance`` within ``max_iterations``, ``probes`` of the trace, ``seeds`` of the estimators; for more
+            ``per_layer``, ``per_quantizer`` (``block_probes`` each) and ``density`` (``density_runs`` of
+            ``density_steps``); ``keep_graphs`` (faster, with memory for all images at once); ``threads``; ``wandb``
+            (offline, online, disabled); folders ``data`` and ``checkpoints``.
     """
     options |= {"kinds": listed(options["kinds"])}
     if options["threads"] is not None:

@@ -9,6 +9,23 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Subspace:
+    """A subspace on which an operator A is known exactly.
+
+    Attributes:
+        basis: orthonormal vectors q (number, size).
+        trace: of the operator on it, the sum of ``q' A q``.
+    """
+
+    basis: Tensor = field(repr=False)
+    trace: float
+
+    def without(self, vector: Tensor) -> Tensor:
+        """The part of ``vector`` (size,) that is orthogonal to the subspace."""
+        return vector - (self.basis @ vector) @ self.basis
+
+
+@dataclass(frozen=True)
 class Eigenvalues:
     """Extreme eigenvalues of a curvature operator, in decreasing order of what was asked for.
 
@@ -20,6 +37,7 @@ class Eigenvalues:
         iterations: Lanczos steps, one product each.
         seed: of the first vector.
         vectors: unit eigenvectors (number, size).
+        explored: all that was multiplied on the way.
     """
 
     values: tuple[float, ...]
@@ -28,6 +46,7 @@ class Eigenvalues:
     iterations: int
     seed: int
     vectors: Tensor = field(repr=False, compare=False)
+    explored: Subspace = field(repr=False, compare=False)
 
     @property
     def converged(self) -> tuple[bool, ...]:

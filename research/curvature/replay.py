@@ -10,6 +10,8 @@ from hessian_eigenthings.operators.base import CurvatureOperator as LibraryOpera
 from torch import Tensor
 from tqdm import tqdm
 
+from research.curvature.estimates import Subspace
+
 
 class Around(LibraryOperator):  # type: ignore[misc]
     """An operator with the products of another one."""
@@ -68,6 +70,11 @@ class Replay(Around):
         self.inputs.append(v)
         self.outputs.append(super().matvec(v))
         return self.outputs[place]
+
+    def explored(self) -> Subspace:
+        """The span of the ``inputs``, if these are orthonormal."""
+        along = (torch.dot(u, product) for u, product in zip(self.inputs, self.outputs, strict=True))
+        return Subspace(torch.stack(self.inputs), sum(float(value) for value in along))
 
     def product(self, v: Tensor) -> Tensor:
         """The product with a combination of orthonormal ``inputs``, from theirs alone."""

@@ -16,7 +16,7 @@ from hessian_eigenthings.algorithms.trace import hutch_plus_plus
 from hessian_eigenthings.operators.base import CurvatureOperator as LibraryOperator
 from torch import Tensor
 
-from research.curvature.estimates import Eigenvalues, SpectralDensity, Trace
+from research.curvature.estimates import Eigenvalues, SpectralDensity, Subspace, Trace
 from research.curvature.hutchinson import block_samples
 from research.curvature.operators import CurvatureOperator
 from research.curvature.replay import Replay, counted
@@ -70,7 +70,7 @@ def top_eigenvalues(
                 break
             steps = min(steps + MORE_STEPS, most)
     values = tuple(float(value) for value in found.eigenvalues)
-    return Eigenvalues(values, residuals, tolerance, int(found.iterations), seed, found.eigenvectors)
+    return Eigenvalues(values, residuals, tolerance, int(found.iterations), seed, found.eigenvectors, replay.explored())
 
 
 def _residuals(replay: Replay, values: Tensor, vectors: Tensor) -> tuple[float, ...]:
@@ -82,26 +82,46 @@ def _residuals(replay: Replay, values: Tensor, vectors: Tensor) -> tuple[float, 
     )
 
 
-def trace(operator: LibraryOperator, probes: int = 30, seed: int = 0, progress: bool = True) -> Trace:
-    """The trace by Hutch++ (Meyer, Musco, Musco, Woodruff 2021): exact on a sketched subspace, Hutchinson on the rest.
+def trace(
+    operator: LibraryOperator,
+    probes: int = 30,
+    seed: int = 0,
+    progress: bool = True,
+    known: Subspace | None = None,
+) -> Trace:
+    """The trace: exact on a subspace that holds the great eigenvalues, by Hutchinson's estimator on the rest.
 
-    The standard error is that of the Hutchinson part, from ``probes / 3`` samples; given the subspace, the rest of the
-    estimate is exact.
+    Without a ``known`` subspace this is Hutch++ (Meyer, Musco, Musco, Woodruff 2021), which spends a third of the
+    probes on a sketch of one and a third on the operator there. The vectors that Lanczos multiplied span a better one
+    (`Eigenvalues.explored`), and every probe then goes into the rest. The standard error is that of the rest, from the
+    spread of its samples.
 
     Args:
         operator: a symmetric operator.
-        probes: products, a third each for the sketch, the exact and the stochastic part.
+        probes: products.
         seed: of the probes.
         progress: a bar, on terminals.
+        known: a subspace where the operator is known; chosen without these probes, or the estimate is biased.
 
     Raises:
         ValueError: too few probes for a standard error.
     """
-    if probes < 6:
-        raise ValueError(f"probes={probes}: use 6 or more, such as 30; the standard error needs two samples")
-    with counted(operator, "trace", 3 * (probes // 3), progress) as watched:
-        found = hutch_plus_plus(watched, num_matvecs=probes, seed=seed)
-    return Trace(found.estimate, found.stderr, 3 * (probes // 3), seed)
+    least = 6 if known is None else 2
+    if probes < least:
+        raise ValueError(f"probes={probes}: use {least} or more, such as 30; the standard error needs two samples")
+    if known is None:
+        with counted(operator, "trace", 3 * (probes // 3), progress) as watched:
+            found = hutch_plus_plus(watched, num_matvecs=probes, seed=seed)
+        return Trace(found.estimate, found.stderr, 3 * (probes // 3), seed)
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.empty(probes, dtype=torch.float64)
+    with counted(operator, "trace", probes, progress) as watched:
+        for index in range(probes):
+            signs = torch.randint(0, 2, (operator.size,), generator=generator) * 2 - 1
+            rest = known.without(signs.to(operator.device, operator.dtype))
+            samples[index] = torch.dot(rest, watched.matvec(rest))
+    mean = mean_trace(samples, seed)
+    return Trace(known.trace + mean.value, mean.standard_error, probes, seed)
 
 
 def block_traces(

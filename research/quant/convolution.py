@@ -48,7 +48,8 @@ def _forward(layer: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            return library(x, weight, bias)
+            y: Tensor = library(x, weight, bias)
+            return y
         y = convolution(x, weight, geometry)
         return y if bias is None else y + bias.view(-1, 1, 1)
 

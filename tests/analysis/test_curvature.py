@@ -32,6 +32,7 @@ SMALL = {
     "tolerance": 0.5,
     "max_iterations": 4,
     "probes": 6,
+    "block_probes": 6,
     "seeds": 0,
     "density_runs": 1,
     "density_steps": 3,

@@ -108,18 +108,32 @@ def test_a_changed_vector_is_not_replayed() -> None:
     assert counting.products == 3 and len(replay.inputs) == 2
 
 
-@pytest.mark.parametrize("probes", [30, 90])
-def test_the_standard_error_of_the_trace_is_its_spread_over_seeds(probes: int) -> None:
-    """The library's own claim, by repetition: error over standard error has a mean square near 1 (Student's t)."""
+@pytest.mark.parametrize(("probes", "explored"), [(30, False), (90, False), (20, True)])
+def test_the_standard_error_of_the_trace_is_its_spread_over_seeds(probes: int, explored: bool) -> None:
+    """By repetition: error over standard error has a mean square near 1 (Student's t)."""
     spectrum = [10.0, 5.0, *torch.linspace(-1, 1, 98).tolist()]
     operator = Counting(with_spectrum(spectrum)).operator()
-    estimates = [trace(operator, probes, seed, progress=False) for seed in range(150)]
+    known = top_eigenvalues(operator, k=2, seed=7, progress=False).explored if explored else None
+    estimates = [trace(operator, probes, seed, progress=False, known=known) for seed in range(150)]
     errors = torch.tensor([estimate.value - sum(spectrum) for estimate in estimates])
     claimed = torch.tensor([estimate.standard_error for estimate in estimates])
     assert abs(float(errors.mean())) < 3 * float(errors.std()) / 150**0.5, "unbiased"
     assert float(claimed.square().mean().sqrt() / errors.square().mean().sqrt()) == pytest.approx(1, abs=0.2)
     assert float((errors.abs() < 3 * claimed).double().mean()) > 0.95
     assert estimates[0].probes == probes
+
+
+def test_the_explored_subspace_costs_nothing_and_takes_the_great_eigenvalues_out() -> None:
+    counting = Counting(with_spectrum([100.0, -50.0, 20.0, *torch.linspace(-1, 1, 97).tolist()]))
+    operator = counting.operator()
+    found = top_eigenvalues(operator, k=3, progress=False)
+    before = counting.products
+    estimate = trace(operator, 10, progress=False, known=found.explored)
+    assert counting.products - before == 10 == estimate.probes
+    basis = found.explored.basis
+    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), rtol=0, atol=1e-10)
+    assert found.explored.trace == pytest.approx(float((basis @ counting.matrix @ basis.T).trace()))
+    assert abs(estimate.value - 70) < 4 * estimate.standard_error
 
 
 def test_hutch_plus_plus_is_exact_on_low_rank() -> None:
@@ -180,6 +194,7 @@ def test_what_a_user_gets_wrong() -> None:
         (lambda: top_eigenvalues(operator, k=1, tolerance=0), "tolerance=0"),
         (lambda: top_eigenvalues(operator, k=2, max_iterations=1), "max_iterations=1"),
         (lambda: trace(operator, 5), "probes=5"),
+        (lambda: trace(operator, 1, known=top_eigenvalues(operator, k=1, progress=False).explored), "probes=1"),
         (lambda: spectral_density(operator, runs=0), "runs=0"),
         (lambda: block_traces(hessian(small_net(), crossentropy, small_batches()), 1), "probes=1"),
         (lambda: quantizer_traces(small_net(), crossentropy, small_batches(), 1), "probes=1"),
