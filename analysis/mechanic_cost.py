@@ -1,8 +1,9 @@
 """What every mechanic costs: ``python -m analysis.mechanic_cost [output=FILE] [compile=network] [only=SLUG,SLUG]``.
 
 Each mechanic of conf/callbacks trains a ResNet-20 on synthetic images for a few steps, with its own settings and the
-quantizer it is made for, in turn with the same network without mechanics, several rounds: the ratio of the median step
-times, and how often a step runs the network. Processor time of one thread: other work on the machine counts little.
+quantizer it is made for, in turn with the same network without mechanics, several rounds: the ratios of the median step
+times and of what the graphs keep for their backward passes, and how often a step runs the network. Processor time of
+one thread: other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 
+from analysis.benchmark.saved import SavedMemory
 from analysis.cli import script
 from analysis.mechanics import entries, train_configs
 from research.config import plain
@@ -38,12 +40,15 @@ WARMUP = 2
 
 
 class StepTimes(Callback):
-    """Processor seconds of every training step but the first ``warmup``, and how often the last one ran the network."""
+    """Processor seconds of every training step but the first ``warmup``, how often the last one ran the network, and
+    the most bytes that the graphs of the last step before kept at a time.
+    """
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
         self.seconds: list[float] = []
-        self.forwards = 0
+        self.forwards = self.kept_bytes = 0
+        self.saved: SavedMemory | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the network's forward passes."""
@@ -55,13 +60,19 @@ class StepTimes(Callback):
         self.forwards += 1
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        """Start the clock."""
+        """Start the clock, or the count of bytes."""
         self.forwards = 0
+        if trainer.global_step == self.warmup - 1:
+            self.saved = SavedMemory(pl_module.parameters())
+            self.saved.__enter__()
         self.start = time.process_time()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        """Stop the clock."""
-        if trainer.global_step > self.warmup:
+        """Stop what was started."""
+        if self.saved is not None:
+            self.saved.__exit__(None, None, None)
+            self.kept_bytes, self.saved = self.saved.peak, None
+        elif trainer.global_step > self.warmup:
             self.seconds.append(time.process_time() - self.start)
 
 
@@ -71,6 +82,7 @@ class Cost:
 
     ratios: list[float] = field(default_factory=list)
     forwards: int = 0
+    memory: float = 1.0
 
 
 def config_of(model: str, quantizer: str, mechanic: str, steps: int, batch_size: int, compiled: str) -> dict[str, Any]:
@@ -127,16 +139,18 @@ def measure(
     with TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "float.safetensors"
         for _ in range(rounds):
-            plain_times: dict[str, float] = {}
             for entry in found:
                 quantizer = "lsq" if "lsq" in entry.quantizers else entry.quantizers[0]
-                if quantizer not in plain_times:
-                    config = config_of(model, quantizer, PLAIN, steps, batch_size, compiled)
-                    plain_times[quantizer] = median(step_times(config, checkpoint, steps, warmup).seconds)
-                config = config_of(model, quantizer, entry.slug, steps, batch_size, compiled)
-                times = step_times(config, checkpoint, steps, warmup)
-                costs[entry.slug].ratios.append(median(times.seconds) / plain_times[quantizer])
-                costs[entry.slug].forwards = times.forwards
+                without, times = (
+                    step_times(
+                        config_of(model, quantizer, mechanic, steps, batch_size, compiled), checkpoint, steps, warmup
+                    )
+                    for mechanic in (PLAIN, entry.slug)
+                )
+                cost = costs[entry.slug]
+                cost.ratios.append(median(times.seconds) / median(without.seconds))
+                cost.forwards = times.forwards
+                cost.memory = times.kept_bytes / without.kept_bytes
     return costs
 
 
@@ -168,13 +182,18 @@ def main(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "mechanics": {
-            slug: {"forwards": cost.forwards, "ratio": round(median(cost.ratios), 2), "ratios": cost.ratios}
+            slug: {
+                "forwards": cost.forwards,
+                "ratio": round(median(cost.ratios), 2),
+                "memory": round(cost.memory, 2),
+                "ratios": cost.ratios,
+            }
             for slug, cost in costs.items()
         },
     }
     for slug, cost in costs.items():
         low, middle, high = min(cost.ratios), median(cost.ratios), max(cost.ratios)
-        print(f"{slug:24} {cost.forwards} forward, {middle:.2f} x ({low:.2f} - {high:.2f})")
+        print(f"{slug:24} {cost.forwards} forward, {middle:.2f} x ({low:.2f} - {high:.2f}), memory {cost.memory:.2f} x")
     if output is not None:
         atomic_write_text(Path(output), json.dumps(record, indent=1) + "\n")
 
@@ -189,6 +208,6 @@ if __name__ == "__main__":
             "only": None,
             "rounds": 3,
             "steps": 6,
-            "batch_size": 64,
+            "batch_size": 128,
         },
     )

@@ -30,7 +30,7 @@ PREFACE = Path("analysis/prefaces/mechanics.md")
 COSTS = Path("docs/results/mechanic_cost.json")
 HEADER = (
     "mechanic", "stage", "claims", "second derivatives", "compiled", "precisions", "ddp", "quantizers", "off switch",
-    "forward passes", "step time",
+    "forward passes", "step time", "memory",
 )  # fmt: skip
 Config = dict[str, Any]
 
@@ -151,6 +151,7 @@ def cells(entry: Entry, everything: Sequence[str], costs: Mapping[str, Any]) -> 
         off_switch(entry.slug),
         str(cost["forwards"]) if cost else "–",
         f"{cost['ratio']:.2f}" if cost else "–",
+        f"{cost['memory']:.2f}" if cost else "–",
     ]
 
 
@@ -171,7 +172,9 @@ def page() -> str:
             f"({record['network']}, batches of {record['batch_size']}, eager, {record['threads']} thread, "
             f"{record['hardware']}; median of {len(next(iter(record['mechanics'].values()))['ratios'])} interleaved "
             "rounds, `python -m analysis.mechanic_cost output=docs/results/mechanic_cost.json`). HERO without its "
-            "warm-up; EWGS without its measurements.",
+            "warm-up; what looks at the network once in some epochs, without that. Memory: the most that autograd "
+            "graphs keep at a time, as a multiple in the same way. Mechanics that take second derivatives run the "
+            "quantizers in their slower form; plain training does not.",
             "## Which go together",
             "*yes*, or the claim that both make, or *no quantizer* where none serves both.",
             table(["", *slugs], matrix),

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from research.learning.double_backward import layer_weights
+from research.learning.double_backward import layer_weights, twice_differentiable
 from research.learning.evaluation import Evaluation, Objective, State
 from research.learning.mechanic import Mechanic
-from research.quant.convolution import fast_double_backward
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -63,7 +62,7 @@ class GradL1(Mechanic):
         def regularised(batch: Any, state: State | None = None) -> Evaluation:
             if self.strength == 0:
                 return objective(batch, state)
-            with fast_double_backward(self.module.net):
+            with twice_differentiable(self.module.net):
                 evaluation = objective(batch, state)
             parameters = dict(self.module.net.named_parameters())
             weights = [parameters[name] for name in self.penalised]

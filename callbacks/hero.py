@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from research.learning.double_backward import layer_weights
+from research.learning.double_backward import layer_weights, twice_differentiable
 from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
 from research.learning.mechanic import Claim, Mechanic
 from research.learning.perturbation import EPS, joint_norm, moved_parameters, named_gradients, sam_perturbation
-from research.quant.convolution import fast_double_backward
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -151,7 +150,7 @@ class HERO(Mechanic):
                 rewind()
                 moved = moved_parameters(module.net, state, perturbation)
                 buffers = before if self.statistics == "counted" else {}
-                with fast_double_backward(module.net) if self.penalising else nullcontext():
+                with twice_differentiable(module.net) if self.penalising else nullcontext():
                     second = objective(batch, {**(state or {}), **buffers, **moved})
             if not self.penalising:
                 terms = {**first.terms, "hero": torch.zeros_like(second.loss)}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from research.config import build_data, build_module, initial_checkpoint
 from research.data import ImageDataModule
 from research.deploy import export_onnx, parity_report, save_artifact
+from research.deploy.biases import round_biases
 from research.learning.finalise import SINGLE, finalise, measure
 from research.learning.module import QuantModule
 from research.models.checkpoint import first_difference
@@ -61,6 +62,8 @@ def seal(
         float_accuracy = measure(module.initial_network(), module.task, tests)["accuracy"]
     rows = []
     for name, net in deployments.items():
+        if config["deploy"]["onnx"]:
+            round_biases(net, torch.zeros(1, data.in_channels, data.image_size, data.image_size))
         place = artifact_place(folder, name)
         row = {"name": name, "float_accuracy": float_accuracy, **measure(net, module.task, tests)}
         if name in as_trained:

@@ -20,6 +20,7 @@ from research.config import build_data, build_module, plain, recorded
 from research.data import ImageDataModule
 from research.learning.epoch_line import EpochLine
 from research.learning.guard import NonFiniteGuard
+from research.learning.hooks import skip_empty_hooks
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
 from research.quant.recipe import table_to_plain
@@ -66,7 +67,7 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
         callbacks.append(EpochLine())
     try:
         callbacks.append(Timer(settings.pop("max_time", None)))  # counts the seconds of all starts of the run
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **settings,
             precision=precision,  # type: ignore[arg-type]
             callbacks=callbacks,
@@ -78,6 +79,8 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
         )
     except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"trainer: {error}") from error
+    skip_empty_hooks(callbacks)
+    return trainer
 
 
 def write_records(config: dict[str, Any], folder: RunFolder, overrides: list[str], module: QuantModule) -> None:

@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark train|memory|compile|data|lightning|page [key=value ...]``."""
+"""``python -m analysis.benchmark SUBCOMMAND [key=value ...]``: one of `MEASURES`, or ``page``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from analysis.benchmark import compile, data, lightning, memory, page, train
+from analysis.benchmark import compile, curvature, data, inference, lightning, memory, page, peers, train
 from analysis.cli import script
 from research.results import hardware
 from research.runs.environment import snapshot
@@ -19,12 +19,17 @@ from research.runs.records import write_json
 
 RECORDS = "docs/results/performance"
 
+STEP: dict[str, Any] = {"rounds": 15, "batch_size": 128, "model": "resnet20", "device": "cpu", "clock": "wall"}
+
 MEASURES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
-    "train": (train.measure, {"rounds": 15, "batch_size": 128, "device": "cpu", "clock": "wall", "only": None}),
-    "memory": (memory.measure, {"batch_size": 128, "device": "cpu"}),
-    "compile": (compile.measure, {"batch_size": 128}),
+    "train": (train.measure, {**STEP, "only": None}),
+    "peers": (peers.measure, {**STEP, "bits": 4, "folder": None, "only": None}),
+    "memory": (memory.measure, {"batch_size": 128, "model": "resnet20", "device": "cpu"}),
+    "compile": (compile.measure, {"batch_size": 128, "model": "resnet20"}),
     "data": (data.measure, {"rounds": 5, "batch_size": 128, "images": 50_000, "device": "cpu"}),
-    "lightning": (lightning.measure, {"rounds": 5, "batches": 500}),
+    "lightning": (lightning.measure, {"rounds": 5, "batches": 500, "clock": "wall"}),
+    "curvature": (curvature.measure, {**STEP, "rounds": 5, "images": 512}),
+    "inference": (inference.measure, {"rounds": 30, "model": "resnet20", "batches": [1, 64]}),
 }
 """Subcommand to what measures it, with its settings."""
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from analysis.benchmark.networks import Way
@@ -32,10 +32,10 @@ def first_step_seconds(way: Way, batch_size: int, cache: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(batch_size: int) -> dict[str, Any]:
+def measure(batch_size: int, model: str) -> dict[str, Any]:
     """By way: ``cold_s`` and ``warm_s``."""
     found = {}
-    for way in WAYS:
+    for way in (replace(way, model=model) for way in WAYS):
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (first_step_seconds(way, batch_size, cache) for _ in range(2))
         found[way.name] = {"cold_s": cold, "warm_s": warm}

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 Clock = Literal["wall", "processor"]
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+"""``processor``: seconds of this process (its threads added up), on which other processes weigh less."""
 
 
 def interleaved(
@@ -21,10 +23,12 @@ def interleaved(
         variants: what is measured, by name; each call is one sample.
         rounds: samples of each.
         warmup: calls of each that do not count.
-        clock: ``wall``, or ``processor`` seconds of this process (its threads added up), on which other processes
-            weigh less.
+        clock: of `CLOCKS`.
+
+    Raises:
+        ValueError: no such clock.
     """
-    now = time.perf_counter if clock == "wall" else time.process_time
+    now = clock_of(clock)
     for call in variants.values():
         for _ in range(warmup):
             call()
@@ -37,6 +41,17 @@ def interleaved(
             _finish()
             seconds[name].append(now() - start)
     return seconds
+
+
+def clock_of(clock: str) -> Callable[[], float]:
+    """The function that tells the time.
+
+    Raises:
+        ValueError: no such clock.
+    """
+    if clock not in CLOCKS:
+        raise ValueError(f"clock={clock}: use one of {', '.join(CLOCKS)}")
+    return CLOCKS[clock]
 
 
 def _finish() -> None:

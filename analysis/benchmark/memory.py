@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from analysis.benchmark.networks import REFERENCE, Step, Way, build_step
+from analysis.benchmark.saved import SavedMemory
 
 WAYS = (
     Way(bits=32),
@@ -25,22 +25,15 @@ WAYS = (
 
 def saved_bytes(step: Step) -> int:
     """Bytes of the tensors that the backward pass of one step keeps, parameters left out, shared memory once."""
-    own = {parameter.data_ptr() for parameter in step.module.net.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    parameters = list(step.module.net.parameters())
     if step.way.recompute:
         loss, recorder = step.forward()
         assert recorder is not None
-        total = recorder.saved_bytes(own)
+        total = recorder.saved_bytes({parameter.data_ptr() for parameter in parameters})
     else:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with SavedMemory(parameters) as saved:
             loss, _ = step.forward()
-        total = sum(kept.values())
+        total = saved.kept
     loss.backward()
     return total
 
@@ -58,10 +51,10 @@ def peak_bytes(way: Way, batch_size: int) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def measure(batch_size: int, device: str) -> dict[str, Any]:
+def measure(batch_size: int, model: str, device: str) -> dict[str, Any]:
     """By way: ``saved_mib``, ``ratio`` to the float network run eagerly, and the process's peak (CPU) or the GPU's."""
     found: dict[str, Any] = {}
-    for way in WAYS:
+    for way in (replace(way, model=model) for way in WAYS):
         step = build_step(way, batch_size, device)
         step()
         saved = saved_bytes(step) / 2**20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,14 +86,18 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def build_step(way: Way, batch_size: int, device: str = "cpu") -> Step:
-    """A step on one batch of synthetic 32x32 images; the same weights and the same batch for every way."""
+def config_of(way: Way) -> dict[str, Any]:
+    """The plain training config of a way's network."""
     overrides = [f"model={way.model}", "data=synthetic", f"channels_last={str(way.channels_last).lower()}"]
     overrides += ["quantizer=float"] if way.bits == 32 else ["quantizer=lsq", f"quantizer.bits={way.bits}"]
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        config = plain(compose("train", overrides=overrides))
+        return plain(compose("train", overrides=overrides))
+
+
+def build_step(way: Way, batch_size: int, device: str = "cpu") -> Step:
+    """A step on one batch of synthetic 32x32 images; the same weights and the same batch for every way."""
     torch.manual_seed(0)
-    module = build_module(config).to(device)
+    module = build_module(config_of(way)).to(device)
     module.train()
     images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
     if way.channels_last:
@@ -106,8 +109,3 @@ def build_step(way: Way, batch_size: int, device: str = "cpu") -> Step:
     else:
         execute_as(module.net, way.execution, ())  # type: ignore[arg-type]
     return Step(way, module, images, labels)
-
-
-def steps(ways: list[Way], batch_size: int, device: str = "cpu") -> dict[str, Callable[[], None]]:
-    """Steps by the name of their way."""
-    return {way.name: build_step(way, batch_size, device) for way in ways}

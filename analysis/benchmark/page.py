@@ -43,16 +43,77 @@ def _data(values: Mapping[str, Any]) -> str:
 
 
 def _lightning(values: Mapping[str, Any]) -> str:
-    row = tuple(f"{values[key]:.0f}" for key in ("hand_us", "host_us", "difference_us"))
-    return _table(("loop by hand, µs a step", "our host, µs a step", "difference, µs"), [row])
+    rows = [(name, f"{cell['us']:.0f}", f"{cell['above_us']:.0f}") for name, cell in values.items()]
+    return _table(("loop", "µs a step", "µs above the loop by hand"), rows)
+
+
+def _peers(values: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            f"{peer} {found['version']}" if name == peer else name,
+            found["form"] if name == peer else "",
+            f"{cell['ms']:.0f}",
+            f"{cell['ratio']:.2f}",
+            f"{cell['low']:.2f} to {cell['high']:.2f}",
+            f"{cell['saved_mib']:.0f}",
+            f"{cell['saved_ratio']:.2f}",
+        )
+        for peer, found in values["measured"].items()
+        for name, cell in found["networks"].items()
+    ]
+    header = ("network", "form", "ms a step", "ratio to float", "quartiles", "kept for backward, MiB", "ratio to float")
+    parts = [_table(header, rows)] if rows else []
+    parts += [f"{peer} was not measured: {reason}." for peer, reason in values["skipped"].items()]
+    return (
+        "Eager and channels-last; each peer in a process of its own with the float network and our quantizers, in "
+        "turn.\n\n" + "\n\n".join(parts)
+    )
+
+
+def _curvature(values: Mapping[str, Any]) -> str:
+    rows = [
+        (network, way, f"{cell['ms'] / 1e3:.2f}", f"{cell['ratio']:.2f}", f"{cell['low']:.2f} to {cell['high']:.2f}")
+        for network, ways in values.items()
+        for way, cell in ways.items()
+    ]
+    header = ("network", "Hessian-vector product", "seconds", "ratio to the double backward by hand", "quartiles")
+    return f"With kept graphs: every product but the first.\n\n{_table(header, rows)}"
+
+
+def _inference(values: Mapping[str, Any]) -> str:
+    rows, skipped = [], []
+    for engine, found in values.items():
+        if "skipped" in found:
+            skipped.append(f"{engine}: {found['skipped']}")
+            continue
+        rows += [
+            (
+                f"{engine} ({found['version']})",
+                batch,
+                name,
+                f"{cell['images_per_second']:,.0f}",
+                f"{cell['speedup']:.2f}",
+                f"{cell['low']:.2f} to {cell['high']:.2f}",
+                f"{cell['max_abs_diff']:.2g}",
+                f"{100 * cell['argmax_agreement']:.1f} %",
+            )
+            for batch, networks in found["batches"].items()
+            for name, cell in networks.items()
+        ]
+    header = ("engine", "batch", "network", "images a second", "times float", "quartiles")
+    header += ("largest difference from PyTorch", "equal predictions")
+    return "\n\n".join([_table(header, rows), *(f"Skipped: {reason}." for reason in skipped)])
 
 
 SECTIONS = {
     "train": ("Training step", _train),
+    "peers": ("Training step of other libraries", _peers),
     "memory": ("Memory", _memory),
     "compile": ("Start of a run", _compile),
     "data": ("Data path", _data),
     "lightning": ("Everything but the network", _lightning),
+    "curvature": ("Curvature", _curvature),
+    "inference": ("Deployed inference", _inference),
 }
 """Subcommand to heading and table."""
 

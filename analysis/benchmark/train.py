@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from analysis.benchmark.interleaved import Clock, interleaved, ratios
@@ -24,7 +25,9 @@ GROUPS: dict[str, tuple[Way, ...]] = {
 """What is compared with what: the first of each group is the float network in the same mode."""
 
 
-def measure(rounds: int, batch_size: int, device: str, clock: Clock, only: str | None = None) -> dict[str, Any]:
+def measure(
+    rounds: int, batch_size: int, model: str, device: str, clock: Clock, only: str | None = None
+) -> dict[str, Any]:
     """By group and way: ``ms``, ``ratio`` to the group's float network, and the quartiles of its rounds.
 
     Raises:
@@ -35,6 +38,6 @@ def measure(rounds: int, batch_size: int, device: str, clock: Clock, only: str |
     found = {}
     for group, ways in GROUPS.items():
         if only in (None, group):
-            steps = {way.name: build_step(way, batch_size, device) for way in ways}
+            steps = {way.name: build_step(replace(way, model=model), batch_size, device) for way in ways}
             found[group] = ratios(interleaved(steps, rounds, warmup=3, clock=clock), ways[0].name)
     return found

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from research.curvature.hutchinson import block_samples, gradient_products
-from research.quant.convolution import fast_double_backward
+from research.learning.double_backward import twice_differentiable
 from research.quant.layers import quantizers
-from research.quant.passes import surrogate_gradients
 
 
 def block_traces(
@@ -82,7 +81,7 @@ def error_gradient_scales(
     ratios: list[Tensor] = []
     names: list[str] = []
     for batch in batches:
-        with surrogate_gradients(net), fast_double_backward(net), recorded_outputs(net) as outputs:
+        with twice_differentiable(net), recorded_outputs(net) as outputs:
             value = loss(net, batch)
         names, tensors = list(outputs), list(outputs.values())
         gradients = torch.autograd.grad(value, tensors, create_graph=True)

@@ -13,8 +13,8 @@ from research.curvature.operators import require_eager
 from research.curvature.progress import progress as bar
 from research.curvature.quantized_tensors import recorded_outputs
 from research.curvature.sharpness import Loss, shares
-from research.quant.convolution import fast_double_backward
-from research.quant.passes import evaluating, surrogate_gradients
+from research.learning.double_backward import twice_differentiable
+from research.quant.passes import evaluating
 
 
 def quantizer_traces(
@@ -45,13 +45,7 @@ def quantizer_traces(
     mean: dict[str, float] = {}
     variance: dict[str, float] = {}
     for batch, share in bar(shares(batches), "quantizer traces"):
-        with (
-            constants(net),
-            fast_double_backward(net),
-            evaluating(net),
-            surrogate_gradients(net),
-            recorded_outputs(net) as outputs,
-        ):
+        with constants(net), evaluating(net), twice_differentiable(net), recorded_outputs(net) as outputs:
             value = loss(net, batch)
         if not outputs:
             raise ValueError("per_quantizer=true: the network has no quantizers; use per_quantizer=false")

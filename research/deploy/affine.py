@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,20 @@ class AffineCodes:
     def values(self, codes: Tensor) -> Tensor:
         """Values of ``codes``."""
         return (codes - self.zero_point) * self.step + self.offset
+
+    def between(self, low: float, high: float) -> AffineCodes:
+        """The form for ``x`` clipped to ``low`` and ``high`` before: its codes are those of the bounds at most."""
+        qmin, qmax = self.codes(torch.tensor([low, high])).tolist()
+        return replace(self, qmin=qmin, qmax=qmax)
+
+    def unsigned(self) -> AffineCodes:
+        """The same values with codes from 0 to 255, where signed ones of 8 bits or less are given.
+
+        Runtimes have their fast kernels for unsigned inputs and signed weights.
+        """
+        if not -128 <= self.qmin < 0 or self.qmax > 127:
+            return self
+        return replace(self, zero_point=self.zero_point + 128, qmin=self.qmin + 128, qmax=self.qmax + 128)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,43 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from research.deploy.affine import affine_codes
-from research.deploy.deployed import DeployedWeight
-from research.quant.layers import QuantLayer
-from research.quant.quantizers import Quantizer
+from research.deploy.placement import Placement, Wish
+from research.deploy.weights import IntegerWeight, container
 from research.quant.quantizers.n2uq import N2UQ
 
 
-class GraphBuilder:
-    """Collects the nodes and constants of one ONNX graph. Values are named by strings."""
+@dataclass(frozen=True)
+class Codes:
+    """Integers behind a value: ``(codes - zero_point) * scale``, all three names of values in the graph.
 
-    def __init__(self) -> None:
+    Attributes:
+        codes, scale, zero_point: the names.
+        step: the number that ``scale`` holds.
+    """
+
+    codes: str
+    scale: str
+    zero_point: str
+    step: float
+
+
+class GraphBuilder:
+    """Collects the nodes and constants of one ONNX graph. Values are named by strings.
+
+    Attributes:
+        placement: where quantizers work.
+        integers: by value, the codes that it was de-quantized from.
+        applied: names of the quantizers that have worked.
+        integer_biases: by layer, the integer nearest to its bias times its scale, float64 (C,), where one is asked for.
+    """
+
+    def __init__(self, placement: Placement | None = None) -> None:
+        self.placement = placement or Placement()
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
+        self.integers: dict[str, Codes] = {}
+        self.applied: set[str] = set()
+        self.integer_biases: dict[str, Tensor] = {}
 
     def constant(self, name: str, value: Tensor | npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
         """Add an initializer; returns its name."""
@@ -36,11 +62,25 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
 
+    def dequantize(self, codes: Codes, name: str) -> str:
+        """Add the DequantizeLinear of ``codes``; returns the value."""
+        value = self.node("DequantizeLinear", [codes.codes, codes.scale, codes.zero_point], name)
+        self.integers[value] = codes
+        return value
 
-def fake_quantize(builder: GraphBuilder, name: str, quantizer: Quantizer, value: str) -> str:
-    """QuantizeLinear, Clip where the codes do not fill their container, DequantizeLinear; around them any offset.
+    def keep_what_leads_to(self, output: str) -> None:
+        """Drop nodes and constants that ``output`` does not depend on."""
+        needed, nodes = {output}, []
+        for node in reversed(self.nodes):
+            if node.output[0] in needed:
+                needed.update(node.input)
+                nodes.append(node)
+        self.nodes = nodes[::-1]
+        self.constants = {name: tensor for name, tensor in self.constants.items() if name in needed}
 
-    Learned thresholds are comparisons in place of the first two, see `threshold_codes`.
+
+def apply_wish(builder: GraphBuilder, wish: Wish, value: str) -> str:
+    """``value`` through the quantizer of a wish, unless an earlier module did it.
 
     Returns:
         The quantized value.
@@ -48,25 +88,38 @@ def fake_quantize(builder: GraphBuilder, name: str, quantizer: Quantizer, value:
     Raises:
         ValueError: a quantizer without such a form.
     """
-    if isinstance(quantizer, N2UQ):
-        codes = threshold_codes(builder, name, quantizer, value)
-        parts = [
-            builder.constant(f"{name}.scale", quantizer.scale),
-            builder.constant(f"{name}.zero_point", 0, np.uint8),
-        ]
-        return builder.node("DequantizeLinear", [codes, *parts], f"{name}.values")
-    form = affine_codes(quantizer, name)
+    if wish.name in builder.applied:
+        return value
+    builder.applied.add(wish.name)
+    return fake_quantize(builder, wish, value)
+
+
+def fake_quantize(builder: GraphBuilder, wish: Wish, value: str) -> str:
+    """QuantizeLinear, Clip where the codes do not fill their container, DequantizeLinear; around them any offset.
+
+    Signed codes are moved by 128 into uint8. Learned thresholds are comparisons in place of the first two, see
+    `threshold_codes`.
+    """
+    name = wish.name
+    if isinstance(wish.quantizer, N2UQ):
+        codes = threshold_codes(builder, name, wish.quantizer, value)
+        scale = builder.constant(f"{name}.scale", wish.quantizer.scale)
+        zero_point = builder.constant(f"{name}.zero_point", 0, np.uint8)
+        return builder.dequantize(
+            Codes(codes, scale, zero_point, float(wish.quantizer.scale.detach())), f"{name}.values"
+        )
+    form = affine_codes(wish.quantizer, name).between(wish.low, wish.high).unsigned()
     if form.shift:
         value = builder.node("Sub", [value, builder.constant(f"{name}.shift", form.shift)], f"{name}.shifted")
-    container = _container(form.qmin, form.qmax)
-    zero_point = builder.constant(f"{name}.zero_point", form.zero_point, container)
+    kind = container(form.qmin, form.qmax)
+    zero_point = builder.constant(f"{name}.zero_point", form.zero_point, kind)
     scale = builder.constant(f"{name}.scale", form.scale)
     value = builder.node("QuantizeLinear", [value, scale, zero_point], f"{name}.codes")
-    if (form.qmin, form.qmax) != (np.iinfo(container).min, np.iinfo(container).max):
-        limits = [builder.constant(f"{name}.{end}", getattr(form, end), container) for end in ("qmin", "qmax")]
+    if (form.qmin, form.qmax) != (np.iinfo(kind).min, np.iinfo(kind).max):
+        limits = [builder.constant(f"{name}.{end}", getattr(form, end), kind) for end in ("qmin", "qmax")]
         value = builder.node("Clip", [value, *limits], f"{name}.clipped")
     step = scale if form.step == form.scale else builder.constant(f"{name}.step", form.step)
-    value = builder.node("DequantizeLinear", [value, step, zero_point], f"{name}.values")
+    value = builder.dequantize(Codes(value, step, zero_point, form.step), f"{name}.values")
     if form.offset:
         value = builder.node("Add", [value, builder.constant(f"{name}.offset", form.offset)], f"{name}.offset_values")
     return value
@@ -102,42 +155,38 @@ def threshold_codes(builder: GraphBuilder, name: str, quantizer: N2UQ, value: st
     return builder.node("Cast", [count], f"{name}.codes", to=TensorProto.UINT8)
 
 
-def _container(qmin: int, qmax: int) -> type[np.integer[Any]]:
-    """The smallest integer type that holds the codes: uint8, int8, or int32 (there is no DequantizeLinear of int16)."""
-    if qmin >= 0 and qmax <= 255:
-        return np.uint8
-    return np.int8 if qmin >= -128 and qmax <= 127 else np.int32
+def weight_values(builder: GraphBuilder, name: str, weight: IntegerWeight, axis: int) -> str:
+    """Integer codes and DequantizeLinear.
 
-
-def weight_values(builder: GraphBuilder, name: str, layer: QuantLayer) -> str:
-    """Integer codes and DequantizeLinear; float where the layer has no weight quantizer.
-
-    Codes are int8, or uint8 where none is negative. The odd codes of an 8-bit mid-rise grid reach +-255: int32.
+    Args:
+        builder: where they go.
+        name: of the layer.
+        weight: its integers.
+        axis: of the output channels.
 
     Returns:
         The value that the layer's operation reads.
-
-    Raises:
-        ValueError: a grid without equal steps, or zero points that are no integers.
     """
-    quantizer = layer.weight_quantizer
-    if quantizer is None:
-        return builder.constant(f"{name}.weight", layer.weight)
-    assert isinstance(quantizer, DeployedWeight), "emitters read networks in deployed form"
-    scale, zero_point = quantizer.stored_scale, quantizer.stored_zero_point
-    integral = zero_point is None or torch.equal(zero_point, torch.round(zero_point))
-    if quantizer.grid.kind not in ("uniform", "midrise") or not integral:
-        raise ValueError(
-            f"{name}: weights of {quantizer.spec.name} ({quantizer.grid.kind} grid) have no form in ONNX's "
-            "DequantizeLinear; export the artifact only, or use a uniform or mid-rise grid with integer zero points"
-        )
-    container = _container(*quantizer.integer_limits())
     inputs = [
-        builder.constant(f"{name}.weight.codes", quantizer.stored_codes, container),
-        builder.constant(f"{name}.weight.scale", scale.flatten() if scale.dim() else scale),
+        builder.constant(f"{name}.weight.codes", weight.codes, weight.container),
+        builder.constant(f"{name}.weight.scale", weight.scale),
     ]
+    zero_point = weight.zero_point
+    if zero_point is None and weight.container is not np.int32:  # zeros: ONNX Runtime's QGemm asks for them
+        zero_point = torch.zeros_like(weight.scale)
     if zero_point is not None:
-        flat = zero_point.flatten() if zero_point.dim() else zero_point
-        inputs.append(builder.constant(f"{name}.weight.zero_point", flat, container))
-    axis = {"axis": layer.channel_axis} if scale.dim() else {}
-    return builder.node("DequantizeLinear", inputs, f"{name}.weight", **axis)
+        inputs.append(builder.constant(f"{name}.weight.zero_point", zero_point, weight.container))
+    return builder.node("DequantizeLinear", inputs, f"{name}.weight", **({"axis": axis} if weight.scale.dim() else {}))
+
+
+def bias_values(builder: GraphBuilder, name: str, codes: Tensor, scale: Tensor) -> str:
+    """Integer codes (C,) of a bias in int32 and DequantizeLinear; ``scale`` is the unit of the layer's sums.
+
+    Returns:
+        The value that the layer's operation reads.
+    """
+    inputs = [
+        builder.constant(f"{name}.bias.codes", codes, np.int32),
+        builder.constant(f"{name}.bias.scale", scale),
+    ]
+    return builder.node("DequantizeLinear", inputs, f"{name}.bias", **({"axis": 0} if scale.dim() else {}))

@@ -1,10 +1,27 @@
-"""Second derivatives: which tensors a gradient penalty is about, and which networks have none."""
+"""Second derivatives: how a network is run for them, which tensors a gradient penalty is about, and which networks
+have none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
+from research.quant.convolution import fast_double_backward
+from research.quant.passes import surrogate_gradients
 from research.quant.quantizers import Quantizer
+
+
+@contextmanager
+def twice_differentiable(net: nn.Module) -> Iterator[None]:
+    """Inside the block evaluations of ``net`` have second derivatives, for ``create_graph=True``.
+
+    The quantizers are in the detach form in place of the fast path, the convolutions in one whose second derivatives
+    are fast.
+    """
+    with surrogate_gradients(net), fast_double_backward(net):
+        yield
 
 
 def layer_weights(net: nn.Module) -> list[str]:

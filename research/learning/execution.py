@@ -48,17 +48,16 @@ def choose_execution(compile: str, steps: int, mechanics: Sequence[Mechanic], co
 def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechanic]) -> str:
     """Run ``net`` so from now on; a line that says how.
 
-    The whole network is compiled in the detach form, which the compiler fuses into the layers around it. Where a
-    mechanic takes second derivatives, the quantizers stay in the detach form too.
+    The whole network is compiled in the detach form, which the compiler fuses into the layers around it. Evaluations
+    whose second derivatives a mechanic takes are in the detach form too (`twice_differentiable`).
     """
     if execution == "network":
         net.compile(options={"fallback_random": True})  # noise as in eager mode; on CPUs also faster
         return "execution: the whole network compiled"
-    needing = [mechanic.slug for mechanic in mechanics if mechanic.needs_double_backward]
-    if needing:
-        return f"execution: eager, quantizers in the detach form (callbacks.{needing[0]} takes second derivatives)"
     use_kernels(net, "compiled" if execution == "quantizers" else "eager")
-    return f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"
+    line = f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"
+    needing = [f"callbacks.{mechanic.slug}" for mechanic in mechanics if mechanic.needs_double_backward]
+    return f"{line}; in the detach form where {', '.join(needing)} takes second derivatives" if needing else line
 
 
 def has_compiler() -> bool:

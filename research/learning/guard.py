@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ class NonFiniteGuard(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Check or remember."""
+        if loss.device.type == "cpu":
+            if not math.isfinite(loss.item()):
+                raise ValueError(_message("the loss", trainer.global_step, trainer))
+            return
         if self._first_bad is None:
             self._first_bad = torch.full((), -1, dtype=torch.long, device=loss.device)
         bad = ~torch.isfinite(loss.detach())
         self._first_bad = torch.where(bad & (self._first_bad < 0), trainer.global_step, self._first_bad)
-        if loss.device.type == "cpu" or trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0:
             self.check(trainer)
 
     def on_save_checkpoint(

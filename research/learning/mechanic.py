@@ -58,7 +58,8 @@ class Mechanic(Callback):
         stage: where ``wrap_objective`` stands among the others: inner wraps first.
         claims: what only one mechanic may own (see ``CLAIMS``).
         taps: glob patterns of modules whose outputs go into ``evaluation.taps``.
-        needs_double_backward: second derivatives are taken: the network is not compiled, and no quantizer may have a
+        needs_double_backward: second derivatives are taken, of evaluations inside ``twice_differentiable(net)``
+            (`research.learning.double_backward`): the network is not compiled, and no quantizer may have a
             gradient-dependent rule.
         precisions: precisions the mechanic is right in.
         ddp: ``exact`` if several processes equal one on the same global batch (batch-norm aside), else

@@ -20,8 +20,10 @@ from torchmetrics import MeanMetric
 
 from research.learning.composition import check_composition, compose_objective, ordered, plan
 from research.learning.double_backward import require_second_derivatives
+from research.learning.epoch_metrics import EpochMetrics
 from research.learning.evaluation import Evaluation, Objective, State
 from research.learning.execution import COMPILE, choose_execution, execute_as, has_compiler
+from research.learning.hooks import skip_empty_hooks
 from research.learning.mechanic import Mechanic
 from research.learning.optim import build_optimizer, build_scheduler
 from research.learning.recompute import recomputed_activations
@@ -109,18 +111,16 @@ class QuantModule(pl.LightningModule):
         self.taps: Taps | None = None
         self.execution = "execution: chosen when the length of the run is known"
         self.register_buffer("prepared", torch.tensor(False))
-        self.train_loss = MeanMetric()
-        self.train_metrics = self.task.metrics("train/")
+        self.training_metrics = EpochMetrics(self.task.metrics("train/"))
         self.val_loss = MeanMetric()
         self.val_metrics = self.task.metrics("val/")
-        for metric in (self.train_loss, *self.train_metrics.values(copy_state=False)):
-            metric.persistent(True)
         self._restored_rng: list[Any] | None = None
 
     # -- construction ------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
         """The mechanics, for the Trainer."""
+        skip_empty_hooks(self.active)
         return list(self.active)
 
     def configure_model(self) -> None:
@@ -245,8 +245,7 @@ class QuantModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The composed objective's loss."""
         evaluation = self.objective(batch)
-        self.train_loss.update(evaluation.loss.detach())
-        self.train_metrics.update(evaluation.outputs.detach(), self.task.targets(batch))
+        self.training_metrics.add(evaluation.loss, evaluation.outputs, self.task.targets(batch))
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = {f"train/step/{name}": value.detach() for name, value in evaluation.terms.items()}
             self.log_dict({**values, "train/step/loss": evaluation.loss.detach()}, on_step=True, on_epoch=False)
@@ -261,10 +260,8 @@ class QuantModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log and clear the epoch's training loss and metrics."""
-        values = {"train/loss": self.train_loss.compute(), **self.train_metrics.compute()}
-        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
-        self.train_loss.reset()
-        self.train_metrics.reset()
+        self.log_dict(self.training_metrics.compute(), on_step=False, on_epoch=True, sync_dist=True)
+        self.training_metrics.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update the validation loss and metrics; mechanics take no part."""

@@ -158,8 +158,8 @@ def _refuse_second_derivatives() -> None:
     """An error where a graph of the backward pass is asked for: parts of it would be missing without a word."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the fused quantizers have first derivatives only: take second ones inside "
-            "research.quant.passes.surrogate_gradients(net), and mechanics declare needs_double_backward"
+            "the fused quantizers have first derivatives only: evaluate inside "
+            "research.learning.double_backward.twice_differentiable(net), and declare needs_double_backward"
         )
 
 

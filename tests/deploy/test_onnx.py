@@ -71,8 +71,8 @@ def test_a_single_layer_agrees(tmp_path: Path, kind: str, granularity: str, sign
     assert difference(net, model, x) < 1e-5
     codes = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     assert codes["0.weight.codes"].dtype == np.int8 and np.abs(codes["0.weight.codes"]).max() <= 8
-    assert codes["0.input.qmax"] == (7 if signed else 15)
-    assert codes["0.input.zero_point"].dtype == (np.int8 if signed else np.uint8)
+    assert codes["0.input.qmax"] == (128 + 7 if signed else 15)
+    assert codes["0.input.zero_point"] == (128 if signed else 0) and codes["0.input.zero_point"].dtype == np.uint8
 
 
 @pytest.mark.parametrize("tampering", ["input zero point", "axis", "clip", "weight code"])
@@ -86,7 +86,7 @@ def test_the_single_layer_check_finds_faults(tmp_path: Path, tampering: str) -> 
 
     def change(name: str, by: int) -> None:
         array = numpy_helper.to_array(constants[name]).copy()
-        array.reshape(-1)[0] += by
+        array.reshape(-1)[0] = int(array.reshape(-1)[0]) + by
         constants[name].CopyFrom(numpy_helper.from_array(array, name))
 
     if tampering == "axis":
@@ -94,7 +94,7 @@ def test_the_single_layer_check_finds_faults(tmp_path: Path, tampering: str) -> 
         node.attribute[0].i = 1
     elif tampering == "input zero point":  # of the encoding alone: a zero point common to both ends would cancel
         node = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
-        model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.int8), "wrong"))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(129, np.uint8), "wrong"))
         node.input[2] = "wrong"
     else:
         change({"clip": "0.input.qmax", "weight code": "0.weight.codes"}[tampering], -1)
