@@ -116,6 +116,13 @@ class QuantModule(pl.LightningModule):
         self.val_metrics = self.task.metrics("val/")
         self._restored_rng: list[Any] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the name of the running hook, which Lightning notes forty times a step, without a check."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # -- construction ------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:

@@ -21,7 +21,8 @@ Limit = Any
 """A float, or a 0-dim tensor."""
 
 BLOCK = 1 << 15
-"""Elements of a block that stays in a core's cache over all operations on it (128 KiB of float32)."""
+"""Elements that stay in a core's cache over all operations on them (128 KiB of float32), and the fewest that torch
+gives to one thread: a block has as many for every thread."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,12 @@ def quantize_backward(x: Tensor, scale: Tensor, grad: Tensor, low: Limit, high: 
 
 
 def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
-    """Views of a flat tensor, `BLOCK` elements each but for the last."""
-    return torch.split(flat, BLOCK)
+    """Views of a flat tensor, one block each."""
+    return torch.split(flat, _block())
+
+
+def _block() -> int:
+    return BLOCK * torch.get_num_threads()
 
 
 def _blocked_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
@@ -86,7 +91,7 @@ def _blocked_quantize_backward(
     """`quantize_backward`, block by block in place."""
     output = torch.empty_like(x)
     total = torch.zeros((), dtype=x.dtype, device=x.device)
-    size = min(BLOCK, x.numel())
+    size = min(_block(), x.numel())
     below, above = _beside(low, x.dtype, -math.inf), _beside(high, x.dtype, math.inf)
     first, second = torch.empty_like(x[:size]), torch.empty_like(x[:size])
     for values, upstream, target in zip(_blocks(x), _blocks(grad), _blocks(output), strict=True):
