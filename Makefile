@@ -31,6 +31,8 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 		'title=Mechanics on CIFAR-10' preface=analysis/prefaces/mechanics_cifar10.md columns=changes
 	$(TABLES) 'runs=$(RECORDS)/sweep_lsq_recipe/*' output=docs/results/lsq_recipe.md 'title=LSQ recipe at two bits' \
 		preface=analysis/prefaces/lsq_recipe.md columns=optimizer.lr,quantizer.weight.init,quantizer.input.init
+	$(TABLES) 'runs=$(RECORDS)/*/*' measured=curvature output=docs/results/curvature.md \
+		'title=Curvature on CIFAR-10' preface=analysis/prefaces/curvature.md
 
 RUNS ?= tests/records
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from analysis.cells import four_digits
+from analysis.cells import Cell, four_digits
+from analysis.formats import Table
 from analysis.rows import Row, flat, label
 
 MOST_COLUMNS = 16
@@ -53,6 +54,24 @@ def measured_tables(rows: Sequence[Row]) -> list[Measured]:
         for measurement in run.measurements:
             kinds.setdefault(measurement["kind"], []).append((run.rows[0], measurement))
     return [_table(kind, found) for kind, found in sorted(kinds.items())]
+
+
+def measured_table(rows: Sequence[Row], kind: str) -> Table:
+    """The measurements of one kind as a result table.
+
+    Raises:
+        ValueError: no run keeps one of this kind.
+    """
+    tables = {table.kind: table for table in measured_tables(rows)}
+    if kind not in tables:
+        raise ValueError(
+            f"measured={kind}: the runs have no such measurements; use {' or '.join(tables) or 'columns='}"
+        )
+    found = tables[kind]
+    marked = any(text.startswith("~") for line in found.lines for text in line)
+    notes = ["~: an estimate that has not converged."] if marked else []
+    notes += [f"Not shown: {', '.join(found.left_out)}."] if found.left_out else []
+    return Table(found.titles, [[Cell(text) for text in line] for line in found.lines], notes)
 
 
 def _table(kind: str, found: Sequence[tuple[Row, Mapping[str, Any]]]) -> Measured:

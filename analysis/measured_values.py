@@ -1,8 +1,9 @@
 """Values of measurements by name: ``measurement:<kind>[<setting>=<value>,...].<path>``.
 
 ``measurement:curvature[surface=latent].trace`` is the value ``trace`` of the run's ``curvature`` measurement whose
-settings say ``surface: latent``; keys of the path may hold dots themselves, numbers index lists. A mapping with a
-``value`` stands for it, and what is marked ``converged: false`` is never shown without that mark.
+settings say ``surface: latent``, of the row's deployment unless ``deployment=`` names another; keys of the path may
+hold dots themselves, numbers index lists. A mapping with a ``value`` stands for it, and what is marked
+``converged: false`` is never shown without that mark.
 """
 
 from __future__ import annotations
@@ -69,11 +70,10 @@ class Selector:
         return leaf if converged else Unconverged(leaf)
 
     def _fits(self, measurement: Measurement, row: Row) -> bool:
-        """Whether the settings are those of the name; a deployment that the settings name must be the row's."""
-        settings = measurement["settings"]
-        if str(settings.get("deployment", row["name"])) != row["name"]:
-            return False
-        return all(str(settings.get(key)) == value for key, value in self.settings)
+        """Whether the settings are those of the name; the deployment is the row's unless the name has another one."""
+        settings = {"deployment": row["name"], **measurement["settings"]}
+        wanted = {"deployment": row["name"], **dict(self.settings)}
+        return all(str(settings.get(key)) == value for key, value in wanted.items())
 
 
 def descend(tree: Any, path: str, converged: bool = True) -> Iterator[tuple[Any, bool]]:

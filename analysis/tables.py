@@ -12,6 +12,7 @@ from analysis.collect import Row, collect
 from analysis.columns import STANDARD, columns, split_names
 from analysis.comparison import WITHIN, baseline_of, blocks, mark_best, mark_significance
 from analysis.formats import FORMATS, Table, comma_separated, latex, markdown
+from analysis.measured_tables import measured_table
 from analysis.significance import LEVEL
 from research.runs.files import atomic_write_text
 from research.runs.folder import DISPLAY_OPTION, NOT_IDENTITY
@@ -111,6 +112,7 @@ def main(
     title: str = "Results",
     preface: str | None = None,
     columns: str | None = None,
+    measured: str | None = None,
     standard: str | None = None,
     best: str | None = None,
     baseline: str | None = None,
@@ -128,6 +130,7 @@ def main(
         columns: further columns, separated by commas: metrics (``val/loss``), configuration (``optimizer.lr``),
             ``changes`` (the overrides of the experiment), ``ptq_<bits>`` (accuracy after post-training quantization),
             ``measurement:curvature.trace``, fields of a deployment (``macs``).
+        measured: in place of the runs their measurements of one kind (``curvature``), a line each.
         standard: the columns before them, all of ``analysis.columns.STANDARD`` unless given.
         best: columns whose best mean is set in bold, ``-NAME`` where the smallest is best.
         baseline: method, experiment or ``COLUMN=VALUE`` that all else is tested against by Welch's t-test.
@@ -139,15 +142,18 @@ def main(
     if form not in FORMATS.values():
         key, value = ("format", format) if format else ("output", output)
         raise ValueError(f"{key}={value}: use a file.md, file.tex or file.csv, or format={'|'.join(FORMATS.values())}")
-    chosen = {"standard": split_names(standard)} if standard else {}
-    table = result_table(
-        collect(runs), split_names(columns), best=split_names(best), baseline=baseline, within=within, level=level,
-        **chosen,
-    )  # fmt: skip
+    if measured is not None:
+        table = measured_table(collect(runs), measured)
+    else:
+        chosen = {"standard": split_names(standard)} if standard else {}
+        table = result_table(
+            collect(runs), split_names(columns), best=split_names(best), baseline=baseline, within=within,
+            level=level, **chosen,
+        )  # fmt: skip
     if output is None:
         print({"markdown": markdown(table), "latex": latex(table, title), "csv": comma_separated(table)}[form].rstrip())
         return
-    options = {"columns": columns, "standard": standard, "best": best, "baseline": baseline}
+    options = {"columns": columns, "measured": measured, "standard": standard, "best": best, "baseline": baseline}
     options |= {"within": within if within != WITHIN else None, "level": f"{level:g}" if level != LEVEL else None}
     text = "" if preface is None else Path(preface).read_text().strip() + "\n\n"
     atomic_write_text(Path(output), page(table, form, title, text, command_line("analysis.tables", runs, options)))
@@ -161,7 +167,7 @@ def command_line(module: str, runs: str, options: Mapping[str, str | None]) -> s
 
 if __name__ == "__main__":
     DEFAULTS = {
-        "output": None, "title": "Results", "preface": None, "columns": None, "standard": None, "best": None,
-        "baseline": None, "within": WITHIN, "level": LEVEL, "format": None,
+        "output": None, "title": "Results", "preface": None, "columns": None, "measured": None, "standard": None,
+        "best": None, "baseline": None, "within": WITHIN, "level": LEVEL, "format": None,
     }  # fmt: skip
     script(main, {"runs": REQUIRED, **DEFAULTS})

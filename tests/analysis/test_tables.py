@@ -22,6 +22,7 @@ from analysis.cli import script
 from analysis.collect import collect
 from analysis.columns import split_names
 from analysis.formats import markdown
+from analysis.measured_tables import measured_table
 from analysis.significance import welch
 from research.runs.folder import RunFolder
 from research.runs.ptq import write_ptq
@@ -123,6 +124,9 @@ def test_result_pages_are_what_the_records_generate(page: Path) -> None:
         pytest.skip("not a page of analysis.tables")
     given = dict(word.split("=", 1) for word in shlex.split(found[1]))
     rows = collect(str(ROOT / given.pop("runs")))
+    if "measured" in given:
+        assert markdown(measured_table(rows, given["measured"])) in page.read_text()
+        return
     lists = {"columns": "further", "standard": "standard", "best": "best"}
     options = {lists.get(key, key): split_names(value) if key in lists else value for key, value in given.items()}
     assert markdown(tables.result_table(rows, **options)) in page.read_text()
@@ -181,6 +185,29 @@ def test_measurements_are_chosen_by_kind_settings_and_path(tmp_path: Path) -> No
     ):
         with pytest.raises(ValueError, match=f"columns={re.escape(column)}: {message}"):
             shown(tmp_path, column)
+
+
+def test_another_deployment_than_the_rows_is_chosen_by_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, 0.8)
+    for deployment, trace in (("final", 2.0), ("initial", 5.0)):
+        keep_measurement(folder, "curvature", {"deployment": deployment}, {"trace": {"value": trace}})
+    names = ("measurement:curvature.trace", "measurement:curvature[deployment=initial].trace")
+    assert shown(tmp_path, *names, standard=["seeds"]) == [["0", "2", "5"]]
+
+
+def test_measurements_of_one_kind_in_place_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path, 0.8)
+    for seed in (0, 1):
+        values = {"trace": {"value": 2.0 + seed, "standard_error": 0.5}, "top": {"value": 3.0, "converged": seed == 0}}
+        keep_measurement(folder, "curvature", {"deployment": "final", "seed": seed}, values)
+    tables.main(f"{tmp_path}/*/*", measured="curvature")
+    lines = capsys.readouterr().out.splitlines()
+    label = f"sweep/{folder.hash}"
+    assert lines[0] == "| run | seed | trace | top |"
+    assert sorted(lines[2:4]) == [f"| {label} | 0 | 2 ± 0.5 | 3 |", f"| {label} | 1 | 3 ± 0.5 | ~3 |"]
+    assert lines[-1] == "~: an estimate that has not converged."
+    with pytest.raises(ValueError, match="measured=sharpness: the runs have no such measurements; use curvature"):
+        tables.main(f"{tmp_path}/*/*", measured="sharpness")
 
 
 def sweep_of_two(root: Path) -> None:
