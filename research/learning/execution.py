@@ -52,6 +52,7 @@ def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechan
     whose second derivatives a mechanic takes are in the detach form too (`twice_differentiable`).
     """
     if execution == "network":
+        use_kernels(net, None)
         net.compile(options={"fallback_random": True})  # noise as in eager mode; on CPUs also faster
         return "execution: the whole network compiled"
     use_kernels(net, "compiled" if execution == "quantizers" else "eager")
