@@ -47,7 +47,7 @@ class StepTimes(Callback):
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
         self.seconds: list[float] = []
-        self.forwards = self.kept_bytes = 0
+        self.forwards = self.kept_bytes = self._running = 0
         self.saved: SavedMemory | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,18 +57,19 @@ class StepTimes(Callback):
 
     def count(self, *arguments: Any) -> None:
         """One more forward pass."""
-        self.forwards += 1
+        self._running += 1
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         """Start the clock, or the count of bytes."""
-        self.forwards = 0
+        self._running = 0
         if trainer.global_step == self.warmup - 1:
             self.saved = SavedMemory(pl_module.parameters())
             self.saved.__enter__()
         self.start = time.process_time()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        """Stop what was started."""
+        """Stop what was started; what a mechanic does at the end of an epoch is not part of a step."""
+        self.forwards = self._running
         if self.saved is not None:
             self.saved.__exit__(None, None, None)
             self.kept_bytes, self.saved = self.saved.peak, None

@@ -1,0 +1,245 @@
+"""Constrained learning as a mechanic: both passes, gradients, the dual step, widths. Numbered: its spec's checks."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from callbacks.constrained import Constrained
+from callbacks.constrained.networks import LayerRecord
+from research.curvature.batches import FixedBatches
+from research.learning.module import QuantModule
+from research.quant.calibrate import calibrate
+from research.quant.layers import quantizers
+from research.quant.passes import passes
+from tests.callbacks.saq_host import TASK
+from tests.learning.tiny import CLASSES, RESNET, fit, make_module, state, tiny_net
+
+NAME = "callbacks.constrained.MeanMagnitudeDoReFa"
+Batch = tuple[Tensor, Tensor]
+
+
+def recipe(bits: int = 2, widths: tuple[int, ...] = ()) -> dict[str, Any]:
+    return {"weight": {"name": NAME, "bits": bits}, "input": {"name": NAME, "bits": bits}, "widths": list(widths)}
+
+
+def constrained(**options: Any) -> dict[str, Any]:
+    small = {"images": 16, "batch_size": 8}
+    return {"constrained": {"_target_": "callbacks.constrained.Constrained", **small, **options}}
+
+
+def batch(count: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return images, torch.arange(count) % CLASSES
+
+
+def host(duals: float | None = None, bits: int = 2, **options: Any) -> tuple[QuantModule, Constrained]:
+    """A residual network in float64 whose multipliers all are ``duals``, where that is given."""
+    module = make_module(constrained(**options), model=RESNET, quantizer=recipe(bits), task=TASK).double()
+    calibrate(module.net, [batch()[0]])
+    (mechanic,) = module.active
+    assert isinstance(mechanic, Constrained)
+    mechanic.prepare(module, None)
+    mechanic.batches = FixedBatches((batch(),))
+    if duals is not None:
+        mechanic.state.duals.fill_(duals)
+    return module, mechanic
+
+
+def gradients(module: QuantModule) -> dict[str, Tensor]:
+    """Gradients of the objective on one batch, by name in the host."""
+    module.zero_grad()
+    module.objective(batch()).loss.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def high_outputs(module: QuantModule, mechanic: Constrained) -> Tensor:
+    with passes(module.net, mode="relax"):
+        outputs: Tensor = module.evaluate(batch(), mechanic.state.network_state()).outputs
+    return outputs
+
+
+# -- the Lagrangian ------------------------------------------------------------------------------------------------
+
+
+def test_without_multipliers_it_is_high_precision_training_bit_for_bit() -> None:  # check 1
+    model = tiny_net(dropout=0.25)
+    module = make_module(constrained(dual_lr=0.0), model=model, quantizer=recipe())
+    module.active[0].state.duals.zero_()  # type: ignore[attr-defined]
+    fit(module, max_epochs=1)
+    plain = make_module(model=model, quantizer=recipe())
+    for _, quantizer in quantizers(plain.net):
+        quantizer.mode = "relax"
+    fit(plain, max_epochs=1)
+    for name in ("conv1.weight", "fc.weight", "fc.bias"):
+        assert torch.equal(module.net.get_parameter(name), plain.net.get_parameter(name))
+    high = dict(module.mechanics["constrained"].norms.named_parameters())  # type: ignore[union-attr, operator]
+    assert torch.equal(high["bn1.weight"], plain.net.get_parameter("bn1.weight"))
+    assert torch.equal(high["bn1.bias"], plain.net.get_parameter("bn1.bias"))
+
+
+def test_weights_have_no_gradient_through_the_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:  # check 2
+    module, _ = host(duals=2.0)
+    with_ste = gradients(module)
+    monkeypatch.setattr("research.quant.quantizers.dorefa.straight_through", lambda value, surrogate: value.detach())
+    without = gradients(module)
+    norms = {name for name in with_ste if ".bn" in name and name.startswith("net.")}
+    assert with_ste.keys() - norms == without.keys() - norms
+    for name in with_ste.keys() - norms:
+        torch.testing.assert_close(without[name], with_ste[name], rtol=0, atol=0)
+    assert any(name not in without or not torch.equal(without[name], with_ste[name]) for name in norms)
+
+
+def test_the_gradient_of_weights_is_that_of_the_three_terms_written_out() -> None:
+    module, mechanic = host(duals=2.0, eps_layer=0.25, eps_out=0.5)
+    found = gradients(module)
+    net, record, modes = module.net, LayerRecord(mechanic.layers), {"weight": "quantize", "input": "quantize"}
+    with torch.no_grad(), record.recording() as (inputs, outputs), passes(net, mode=modes):  # type: ignore[arg-type]
+        low = net(batch()[0])
+        kept = {name: (inputs[name].clone(), outputs[name].clone()) for name in mechanic.layers}
+    high = high_outputs(module, mechanic)
+    loss = F.cross_entropy(high, batch()[1])
+    loss = loss + 2 * (-(high.softmax(1) * low.log_softmax(1)).sum(1).mean() - 0.5)
+    for name, layer in mechanic.layers.items():
+        z, y = kept[name]
+        t = torch.tanh(layer.weight)
+        relaxed = layer.weight.detach().abs().mean() * t / t.abs().max()
+        target = torch.round(y.clamp(0, 1) * 3) / 3
+        loss = loss + 2 * ((layer.operate(z, relaxed).clamp(0, 1) - target).square().mean() - 0.25)
+    weights = {name: p for name, p in net.named_parameters() if p.ndim > 1}
+    expected = torch.autograd.grad(loss, list(weights.values()))
+    for name, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(found[f"net.{name}"], value, rtol=1e-9, atol=1e-12)
+    assert float(module.objective(batch()).loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-9)
+
+
+def test_detached_inputs_change_the_low_batchnorms_alone() -> None:
+    attached, detached = (gradients(host(duals=2.0, attach_inputs=choice)[0]) for choice in (True, False))
+    changed = {name for name, value in attached.items() if not torch.equal(value, detached[name])}
+    assert changed and all(name.startswith("net.") and ".bn" in f".{name}" for name in changed)
+
+
+def test_low_precision_of_32_bits_is_the_same_network() -> None:  # check 4
+    module, mechanic = host(clip=False)
+    module.eval()
+    with passes(module.net, mode="relax"):
+        high = high_outputs(module, mechanic).detach()
+        distances, output = mechanic._distances(batch(), {}, high, None, list(mechanic.layers))
+    assert float(distances.detach().abs().max()) < 1e-20
+    entropy = -(high.softmax(1) * high.log_softmax(1)).sum(1).mean()
+    assert float(output.detach()) == pytest.approx(float(entropy), rel=1e-12)
+
+
+def test_layers_are_compared_on_the_same_input() -> None:  # check 5
+    module, mechanic = host(clip=False)
+    module.eval()
+    last = list(mechanic.layers)[-1]
+    record = LayerRecord(mechanic.layers)
+    with record.recording() as (_, outputs), torch.no_grad():
+        high_logits = high_outputs(module, mechanic)
+        high = outputs[last].clone()
+        module.net(batch()[0])
+        own = (high - outputs[last]).square().mean()
+        distances, _ = mechanic._distances(batch(), {}, high_logits, None, [last])
+    assert float(own) > 1.2 * float(distances)
+
+
+def test_both_networks_move_their_own_statistics() -> None:
+    module, mechanic = host(duals=1.0)
+    before = state(module)
+    gradients(module)
+    after = state(module)
+    for name, norm in mechanic.state.named_norms():
+        low, high = f"net.{name}.running_mean", f"mechanics.constrained.norms.{name.replace('.', '/')}.running_mean"
+        assert norm.num_batches_tracked == 1 and after[f"net.{name}.num_batches_tracked"] == 1
+        assert not torch.equal(after[low], before[low]) and not torch.equal(after[high], before[high])
+    assert any(not torch.equal(after[f"net.{name}.running_mean"], norm.running_mean)
+               for name, norm in mechanic.state.named_norms())  # fmt: skip
+
+
+# -- the dual step -------------------------------------------------------------------------------------------------
+
+
+def test_feasible_layers_keep_no_multiplier_and_violated_ones_grow_by_their_slack() -> None:  # check 3
+    for eps, layerwise in ((1e3, True), (0.0, False)):
+        module = make_module(constrained(eps_layer=eps, layerwise=layerwise), model=RESNET, quantizer=recipe())
+        trainer = fit(module)
+        duals = module.active[0].state.duals  # type: ignore[attr-defined]
+        assert not duals[0, :-1].any() and duals[0, -1] > 1
+        assert ("constrained/dual/conv1" in trainer.logged_metrics) == layerwise
+    module = make_module(constrained(eps_layer=0.0, dual_lr=0.5), model=RESNET, quantizer=recipe())
+    trainer = fit(module, max_epochs=1)
+    kept = module.active[0].state  # type: ignore[attr-defined]
+    torch.testing.assert_close(kept.duals[0, :-1], 0.5 * kept.slacks[0, :-1])
+    assert (kept.duals[0, :-1] > 0).all()
+    logged = trainer.logged_metrics
+    assert float(logged["constrained/dual/conv1"]) == float(kept.duals[0, 0])
+    assert float(logged["constrained/slack/output"]) == float(kept.slacks[0, -1])
+
+
+def test_slacks_are_means_over_samples_in_evaluation_mode() -> None:
+    module, mechanic = host(eps_layer=0.1, eps_out=0.2)
+    images, labels = batch()
+    before = state(module)
+    whole, loss = mechanic.mean_slacks()
+    mechanic.batches = FixedBatches(((images[:6], labels[:6]), (images[6:], labels[6:])))
+    split, _ = mechanic.mean_slacks()
+    torch.testing.assert_close(split, whole, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in state(module).items())
+    module.eval()
+    assert float(loss) == pytest.approx(float(F.cross_entropy(high_outputs(module, mechanic), labels)), rel=1e-9)
+
+
+def test_the_dual_step_takes_no_more_images_than_an_epoch_has() -> None:
+    for images, expected in ((1280, 32), (16, 16)):
+        module = make_module(constrained(images=images), quantizer=recipe())
+        fit(module, max_epochs=1, limit_train_batches=1)
+        assert module.active[0].batches.samples == expected  # type: ignore[attr-defined]
+
+
+def test_every_width_has_multipliers_bounds_and_batchnorms_of_its_own() -> None:
+    options = {"eps_layer": {2: 0.0, 4: 1e3}, "eps_out": {2: 0.7, 4: 1e3}}
+    module = make_module(constrained(**options), model=RESNET, quantizer=recipe(2, (2, 4)))
+    fit(module, max_epochs=2)
+    duals = module.active[0].state.duals  # type: ignore[attr-defined]
+    assert (duals[0, :-1] > 0).all() and not duals[1].any(), "the second width is feasible"
+    fresh = make_module(constrained(), model=RESNET, quantizer=recipe(2, (2, 4)))
+    trained = module.net.get_submodule("bn1.by_width")
+    assert int(trained["2"].num_batches_tracked) == int(trained["4"].num_batches_tracked) == 8  # type: ignore[index, union-attr, arg-type]
+    grads = gradients(fresh.double())
+    assert grads["net.bn1.by_width.2.weight"].any() and grads["net.bn1.by_width.4.weight"].any()
+
+
+# -- bad settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps_layer": -1.0}, "eps_layer=-1.0: use 0 or more"),
+        ({"eps_out": {2: -1.0}}, "eps_out="),
+        ({"dual_lr": -1.0}, "dual_lr=-1.0: use 0 or more"),
+        ({"distance": "cubic"}, "distance='cubic': use"),
+        ({"high": "quantize"}, "high='quantize': use"),
+        ({"keep": 0}, "keep=0: use 1 or more"),
+        ({"keep": 1, "budget": {"kind": "size", "value": 1}}, "keep=1: use"),
+        ({"high_bits": 9}, "high_bits=9: use 1 to 8"),
+        ({"select_at": 0.0}, "select_at=0.0: use a fraction"),
+        ({"budget": {"kind": "size"}}, "budget="),
+        ({"eps_out": {4: 0.1}}, "eps_out={4: 0.1}: use one number"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        make_module(constrained(**options))
+    assert f"callbacks.constrained.{message}" in str(refusal.value)
+
+
+def test_networks_that_it_cannot_treat_are_refused() -> None:
+    with pytest.raises(ValueError, match="use quantizer.fold_bn=none"):
+        make_module(constrained(), quantizer={**recipe(), "fold_bn": 2})
+    with pytest.raises(ValueError, match=r"use quantizer.widths=\[\]"):
+        make_module(constrained(keep=1), model=RESNET, quantizer=recipe(2, (2, 4)))
