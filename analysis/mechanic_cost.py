@@ -21,14 +21,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 
 from analysis.benchmark.saved import SavedMemory
 from analysis.cli import script
 from analysis.mechanics import entries, train_configs
-from research.config import plain
+from analysis.train_config import train_config
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
 from research.runs.environment import snapshot
@@ -102,8 +101,7 @@ def config_of(model: str, quantizer: str, mechanic: str, steps: int, batch_size:
     ]
     if mechanic == "hero":
         overrides.append("callbacks.hero.warmup_epochs=0")  # what a step costs once the penalty acts
-    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        return plain(compose("train", overrides=overrides))
+    return train_config(overrides)
 
 
 def step_times(config: dict[str, Any], checkpoint: Path, steps: int, warmup: int) -> StepTimes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -19,7 +18,7 @@ from research.quant.grid import KINDS
 from research.quant.layers import quant_layers
 from research.quant.occupancy import Occupancy, occupancy
 from research.quant.quantizers.base import Quantizer
-from research.runs.logger import RunLogger
+from research.runs.logger import written_folders
 from research.runs.records import MetricsRecord
 
 if TYPE_CHECKING:
@@ -76,8 +75,8 @@ class BinOccupancy(Mechanic):
         """Take the images; drop what a killed run wrote behind its last checkpoint."""
         if self.images:
             ((self.inputs, _),) = fixed_images(trainer, self.module, self.slug, self.images, self.images)
-        for path in _records(trainer):
-            record = MetricsRecord(path)
+        for folder in written_folders(trainer):
+            record = MetricsRecord(folder / RECORD)
             record.truncate_after(trainer.global_step - 1)
             record.close()
 
@@ -89,8 +88,8 @@ class BinOccupancy(Mechanic):
         for name, each in found.items():
             numbers = {"entropy": each.entropy, "entropy_ratio": each.entropy_ratio, "clipped": each.clipped}
             pl_module.log_dict({f"{self.slug}/{name}/{key}": value for key, value in numbers.items()})
-        for path in _records(trainer):
-            record = MetricsRecord(path)
+        for folder in written_folders(trainer):
+            record = MetricsRecord(folder / RECORD)
             shares = {f"{name}/{code}": share for name, each in found.items() for code, share in each.shares.items()}
             record.append(trainer.global_step - 1, trainer.current_epoch, shares)
             record.close()
@@ -113,10 +112,3 @@ def _input_occupancies(net: nn.Module, images: Tensor, max_bits: int) -> dict[st
             quantizer.register_forward_pre_hook(looking(name))
     net(images)
     return found
-
-
-def _records(trainer: pl.Trainer) -> list[Path]:
-    """Where the shares are written: in the run folder, by the first rank; nowhere if the Trainer has none."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger.folder.path / RECORD for logger in trainer.loggers if isinstance(logger, RunLogger)]

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from analysis.benchmark.interleaved import interleaved, ratios
-from research.config import build_module, plain
+from analysis.train_config import train_config
+from research.config import build_module
 from research.deploy import export_onnx, round_biases
 from research.quant.batchnorm import reestimate_batchnorm
 from research.quant.calibrate import calibrate
@@ -55,8 +55,7 @@ def build_network(overrides: list[str], model: str, images: Tensor) -> nn.Module
 
     Weights are random, the same for every recipe: what is measured is speed and whether engines agree.
     """
-    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        config = plain(compose("train", overrides=[f"model={model}", "data=synthetic", *overrides]))
+    config = train_config([f"model={model}", "data=synthetic", *overrides])
     torch.manual_seed(0)
     net = build_module(config).net
     for _ in range(2):  # ranges and statistics depend on each other

@@ -10,13 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from analysis.benchmark.interleaved import Clock, clock_of
-from research.config import plain
+from analysis.train_config import train_config
 from research.models.structure import FloatModel, Structure
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger
@@ -56,10 +55,7 @@ def config_of(batches: int) -> dict[str, Any]:
         f"data.options={{train: {64 * batches}, test: 16}}",
         "logger.wandb.mode=disabled",
     ]
-    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        config = plain(compose("train", overrides=overrides))
-    config["model"] = {"_target_": "analysis.benchmark.lightning.Mlp"}
-    return config
+    return {**train_config(overrides), "model": {"_target_": "analysis.benchmark.lightning.Mlp"}}
 
 
 class Plain(pl.LightningModule):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from research.config import build_module, plain
+from analysis.train_config import train_config
+from research.config import build_module
 from research.learning.execution import Execution, execute_as
 from research.learning.module import QuantModule
 from research.learning.recompute import Recorder, recomputed_activations
@@ -90,8 +89,7 @@ def config_of(way: Way) -> dict[str, Any]:
     """The plain training config of a way's network."""
     overrides = [f"model={way.model}", "data=synthetic", f"channels_last={str(way.channels_last).lower()}"]
     overrides += ["quantizer=float"] if way.bits == 32 else ["quantizer=lsq", f"quantizer.bits={way.bits}"]
-    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        return plain(compose("train", overrides=overrides))
+    return train_config(overrides)
 
 
 def build_step(way: Way, batch_size: int, device: str = "cpu") -> Step:

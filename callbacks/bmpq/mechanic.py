@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -25,7 +24,7 @@ from research.quant.layers import QuantLayer, quant_layers
 from research.quant.quantizers.base import MAX_BITS
 from research.quant.recipe import FLOAT_BITS
 from research.runs.allocation import ALLOCATION, write_allocation
-from research.runs.logger import RunLogger
+from research.runs.logger import written_folders
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -233,11 +232,8 @@ class BMPQ(Mechanic):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write ``allocation.yaml`` into the run folder, where there is one."""
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    place = Path(logger.save_dir) / ALLOCATION
-                    write_allocation(place, Allocation.of(self.module.net), self.module.table)
+        for folder in written_folders(trainer):
+            write_allocation(folder / ALLOCATION, Allocation.of(self.module.net), self.module.table)
 
     def finalise(self, net: nn.Module) -> None:
         """Nothing is left to turn into something else; a network that is not within its budget is refused."""

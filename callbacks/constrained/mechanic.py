@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -29,7 +28,7 @@ from research.quant.layers import QuantLayer, quant_layers, quantizers
 from research.quant.passes import evaluating, passes
 from research.quant.quantizers.base import MAX_BITS
 from research.runs.allocation import ALLOCATION, write_allocation
-from research.runs.logger import RunLogger
+from research.runs.logger import written_folders
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -323,11 +322,8 @@ class Constrained(Mechanic):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write ``allocation.yaml`` into the run folder, where there is one."""
-        if self.selecting and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    folder = Path(logger.save_dir)
-                    write_allocation(folder / ALLOCATION, Allocation.of(self.module.net), self.module.table)
+        for folder in written_folders(trainer) if self.selecting else ():
+            write_allocation(folder / ALLOCATION, Allocation.of(self.module.net), self.module.table)
 
     def finalise(self, net: nn.Module) -> None:
         """Take the hooks off; refuse widths that are not within the budgets."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from research.quant.passes import method_replaced
+from research.quant.batchnorm import fold_batchnorm
+from research.quant.passes import rebound
 
 NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -28,7 +29,7 @@ def constants(net: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module in net.modules():
             if type(module) in NORMS and module.affine and module.track_running_stats:
-                stack.enter_context(method_replaced(module, "forward", affine_forward(module)))
+                stack.enter_context(rebound(module, "forward", affine_forward(module)))
         yield
 
 
@@ -36,8 +37,8 @@ def affine_forward(norm: Any) -> Callable[[Tensor], Tensor]:
     """The forward pass of a batch-norm with running statistics: ``x (N, C, ...) -> a x + b`` with a, b (C,)."""
 
     def forward(x: Tensor) -> Tensor:
-        factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        shift = norm.bias - norm.running_mean * factor
+        statistics = norm.running_mean, norm.running_var, norm.eps
+        factor, shift = fold_batchnorm(torch.ones_like(norm.weight), None, norm.weight, norm.bias, *statistics)
         shape = (1, -1, *[1] * (x.dim() - 2))
         y: Tensor = x * factor.view(shape) + shift.view(shape)
         return y

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from research.quant.fused import Convolution
-from research.quant.passes import method_replaced
+from research.quant.passes import rebound
 
 
 def convolution(x: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
     """The convolution of x (N, C, H, W) and weight (C', C / groups, k, k), differentiable any number of times."""
-    y: Tensor = _Output.apply(x, weight, geometry)  # type: ignore[no-untyped-call]
+    y: Tensor = _Map.apply(0, geometry, None, x, weight)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -37,7 +37,7 @@ def fast_double_backward(net: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in net.modules():
             if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                stack.enter_context(method_replaced(module, "_conv_forward", _forward(module)))
+                stack.enter_context(rebound(module, "_conv_forward", _forward(module)))
         yield
 
 
@@ -56,61 +56,29 @@ def _forward(layer: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     return forward
 
 
-class _Output(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
-        return geometry(x, weight, None)
+class _Map(Function):
+    """Of the form ``<g, x * w>`` the derivative by the one of ``(g, x, w)`` at place ``by``, at the two others.
+
+    What stands at ``by`` itself only says the shape of the result; for ``by = 0`` it may be None.
+    """
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        by_x, by_weight, _ = ctx.needs_input_grad
-        return (
-            _InputGradient.apply(g, weight, x, ctx.geometry) if by_x else None,  # type: ignore[no-untyped-call]
-            _WeightGradient.apply(g, x, weight, ctx.geometry) if by_weight else None,  # type: ignore[no-untyped-call]
-            None,
-        )
-
-
-class _InputGradient(Function):
-    """X(g, w); ``like`` is any tensor in the shape of the result."""
+    def forward(ctx: Any, by: int, geometry: Convolution, *operands: Any) -> Tensor:
+        ctx.save_for_backward(*(None if place == by else operand for place, operand in enumerate(operands)))
+        ctx.by, ctx.geometry = by, geometry
+        g, x, weight = operands
+        if by == 0:
+            return geometry(x, weight, None)
+        found = geometry.backward(g, x, weight, None, (by == 1, by == 2, False))[by - 1]
+        assert found is not None
+        return found
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, weight: Tensor, like: Tensor, geometry: Convolution) -> Tensor | None:
-        ctx.save_for_backward(g, weight)
-        ctx.geometry = geometry
-        return geometry.backward(g, like, weight, None, (True, False, False))[0]
-
-    @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-        g, weight = ctx.saved_tensors
-        by_g, by_weight, _, _ = ctx.needs_input_grad
-        return (
-            _Output.apply(h, weight, ctx.geometry) if by_g else None,  # type: ignore[no-untyped-call]
-            _WeightGradient.apply(g, h, weight, ctx.geometry) if by_weight else None,  # type: ignore[no-untyped-call]
-            None,
-            None,
-        )
-
-
-class _WeightGradient(Function):
-    """W(g, x); ``like`` is any tensor in the shape of the result."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, like: Tensor, geometry: Convolution) -> Tensor | None:
-        ctx.save_for_backward(g, x)
-        ctx.geometry = geometry
-        return geometry.backward(g, x, like, None, (False, True, False))[1]
-
-    @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-        g, x = ctx.saved_tensors
-        by_g, by_x, _, _ = ctx.needs_input_grad
-        return (
-            _Output.apply(x, h, ctx.geometry) if by_g else None,  # type: ignore[no-untyped-call]
-            _InputGradient.apply(g, h, x, ctx.geometry) if by_x else None,  # type: ignore[no-untyped-call]
-            None,
-            None,
-        )
+    def backward(ctx: Any, h: Tensor) -> tuple[Any, ...]:
+        operands = list(ctx.saved_tensors)
+        operands[ctx.by] = h
+        gradients = [
+            _Map.apply(place, ctx.geometry, *operands) if needed and place != ctx.by else None  # type: ignore[no-untyped-call]
+            for place, needed in enumerate(ctx.needs_input_grad[2:])
+        ]
+        return None, None, *gradients

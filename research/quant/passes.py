@@ -6,7 +6,7 @@ can share one backward, and a compiled network keeps its graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -97,27 +97,17 @@ def _roles(found: Mapping[str, Quantizer]) -> set[str]:
 
 @contextmanager
 def rebound(owner: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    """Bind ``owner.attribute`` to ``value`` inside the block."""
+    """Bind ``owner.attribute`` to ``value`` inside the block; what was the class's, such as a method, is so again."""
+    inherited = attribute not in owner.__dict__ and hasattr(type(owner), attribute)
     before = getattr(owner, attribute)
     setattr(owner, attribute, value)
     try:
         yield
     finally:
-        setattr(owner, attribute, before)
-
-
-@contextmanager
-def method_replaced(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let ``function`` stand for a method of ``module`` alone inside the block; it is called without the module."""
-    before = module.__dict__.get(name)
-    module.__dict__[name] = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[name]
+        if inherited:
+            delattr(owner, attribute)
         else:
-            module.__dict__[name] = before
+            setattr(owner, attribute, before)
 
 
 @contextmanager

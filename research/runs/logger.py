@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -70,6 +71,13 @@ class RunLogger(Logger):
         if self._record is not None:
             self._record.close()
             self._record = None
+
+
+def written_folders(trainer: pl.Trainer) -> list[Path]:
+    """The run folder, for what a callback writes into it: on the first rank; none where the Trainer has no run."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.folder.path for logger in trainer.loggers if isinstance(logger, RunLogger)]
 
 
 def wandb_logger(
