@@ -13,6 +13,7 @@ import torch
 
 from research.learning.mechanic import Mechanic
 from research.models.structure import FloatModel
+from research.quant.fused import compiler_options
 from research.quant.passes import use_kernels
 
 Execution = Literal["none", "quantizers", "network"]
@@ -48,12 +49,12 @@ def choose_execution(compile: str, steps: int, mechanics: Sequence[Mechanic], co
 def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechanic]) -> str:
     """Run ``net`` so from now on; a line that says how.
 
-    The whole network is compiled in the detach form, which the compiler fuses into the layers around it. Evaluations
-    whose second derivatives a mechanic takes are in the detach form too (`twice_differentiable`).
+    The whole network is compiled with quantizers that the compiler fuses into the layers around them. Evaluations
+    whose second derivatives a mechanic takes are in the detach form (`twice_differentiable`).
     """
     if execution == "network":
-        use_kernels(net, None)
-        net.compile(options={"fallback_random": True})  # noise as in eager mode; on CPUs also faster
+        use_kernels(net, "traced")
+        net.compile(options={**compiler_options(), "fallback_random": True})  # noise as in eager mode; faster on CPUs
         return "execution: the whole network compiled"
     use_kernels(net, "compiled" if execution == "quantizers" else "eager")
     line = f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"

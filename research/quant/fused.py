@@ -16,7 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-Kernels = Literal["eager", "compiled"]
+Kernels = Literal["eager", "compiled", "traced"]
+"""``traced``: written for a network that is compiled as a whole, which fuses it into the layers around it."""
 Limit = Any
 """A float, or a 0-dim tensor."""
 
@@ -27,7 +28,7 @@ gives to one thread: a block has as many for every thread."""
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """What a fused quantizer needs to know besides its input and its scale.
+    """What a fused quantizer needs to know besides its input and its scale; 0-dim tensors: one graph for every width.
 
     Attributes:
         low: least code.
@@ -35,19 +36,9 @@ class UniformGrid:
         gradient_factor: what the gradient of the scale is multiplied by.
     """
 
-    low: float
-    high: float
-    gradient_factor: float
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """``(low, high)`` as 0-dim tensors: a compiled kernel serves every width with one graph."""
-        return _constant(self.low), _constant(self.high)
-
-
-@cache
-def _constant(value: float) -> Tensor:
-    return torch.tensor(value)
+    low: Tensor
+    high: Tensor
+    gradient_factor: Tensor
 
 
 def quantize(x: Tensor, scale: Tensor, low: Limit, high: Limit) -> Tensor:
@@ -60,11 +51,17 @@ def quantize_backward(x: Tensor, scale: Tensor, grad: Tensor, low: Limit, high: 
 
     The scale's is ``sum g (round(c) - c)`` with the clipped ``c``, plus ``sum g c`` over what was clipped.
     """
+    inside, terms = _backward_terms(x, scale, grad, low, high)
+    return inside, terms.sum()
+
+
+def _backward_terms(x: Tensor, scale: Tensor, grad: Tensor, low: Limit, high: Limit) -> tuple[Tensor, Tensor]:
+    """`quantize_backward` without the sum."""
     codes = x / scale
     clipped = torch.clamp(codes, low, high)
     inside = torch.where(codes == clipped, grad, 0.0)
     error = torch.round(clipped) - clipped
-    return inside, (grad * error + (grad - inside) * clipped).sum()
+    return inside, grad * error + (grad - inside) * clipped
 
 
 def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
@@ -76,30 +73,32 @@ def _block() -> int:
     return BLOCK * torch.get_num_threads()
 
 
-def _blocked_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+def _blocked_quantize(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """`quantize`, block by block in place: one read of ``x`` and one write from the memory's point of view."""
+    least, greatest = float(low), float(high)
     output = torch.empty_like(x)
     for values, target in zip(_blocks(x), _blocks(output), strict=True):
         torch.div(values, scale, out=target)
-        target.clamp_(low, high).round_().mul_(scale)
+        target.clamp_(least, greatest).round_().mul_(scale)
     return output
 
 
 def _blocked_quantize_backward(
-    x: Tensor, scale: Tensor, grad: Tensor, low: float, high: float
+    x: Tensor, scale: Tensor, grad: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`quantize_backward`, block by block in place."""
+    least, greatest = float(low), float(high)
     output = torch.empty_like(x)
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     size = min(_block(), x.numel())
-    below, above = _beside(low, x.dtype, -math.inf), _beside(high, x.dtype, math.inf)
+    below, above = _beside(least, x.dtype, -math.inf), _beside(greatest, x.dtype, math.inf)
     first, second = torch.empty_like(x[:size]), torch.empty_like(x[:size])
     for values, upstream, target in zip(_blocks(x), _blocks(grad), _blocks(output), strict=True):
         clipped, rest = first[: values.numel()], second[: values.numel()]
         torch.div(values, scale, out=clipped)
         # the bounds count as inside: hardtanh's do not, so it gets the numbers next to them
         torch.ops.aten.hardtanh_backward.grad_input(upstream, clipped, below, above, grad_input=target)
-        clipped.clamp_(low, high)
+        clipped.clamp_(least, greatest)
         torch.round(clipped, out=rest)
         total += torch.dot(upstream, rest.sub_(clipped))
         total += torch.dot(torch.sub(upstream, target, out=rest), clipped)
@@ -113,17 +112,30 @@ def _beside(value: float, dtype: torch.dtype, direction: float) -> float:
     return float(neighbour)
 
 
-@cache
+def compiler_options() -> dict[str, Any]:
+    """Options of torch.compile for the threads of now.
+
+    Inductor's cache does not ask for how many threads a kernel was made; as an option their number is part of its keys.
+    Without it a job with two cores runs the kernels that a job with one has left.
+    """
+    return {"cpp.threads": torch.get_num_threads()}
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` as one graph for tensors of every length."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return _compiled_for(function, torch.get_num_threads())
+
+
+@cache
+def _compiled_for(function: Callable[..., Any], threads: int) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True, options=compiler_options())
 
 
 def _forward(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
     """De-quantized ``x``, float32 or wider, in its memory format."""
     values = _dense(x if x.dtype == torch.float64 else x.float())
     if kernels == "compiled":
-        flat = _compiled(quantize)(_flat(values), scale, *grid.tensors)
+        flat = _compiled(quantize)(_flat(values), scale, grid.low, grid.high)
     else:
         flat = (quantize if x.is_cuda else _blocked_quantize)(_flat(values), scale, grid.low, grid.high)
     return _shaped(flat, values)
@@ -137,7 +149,7 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid, kernels
         upstream = torch.empty_like(values).copy_(upstream)
     arguments = _flat(values), scale, _flat(upstream)
     if kernels == "compiled":
-        inside, total = _compiled(quantize_backward)(*arguments, *grid.tensors)
+        inside, total = _compiled(quantize_backward)(*arguments, grid.low, grid.high)
     else:
         kernel = quantize_backward if x.is_cuda else _blocked_quantize_backward
         inside, total = kernel(*arguments, grid.low, grid.high)
@@ -184,6 +196,28 @@ class _FakeQuantize(torch.autograd.Function):
         _refuse_second_derivatives()
         x, scale = ctx.saved_tensors
         return *_backward(x, scale, grad, ctx.grid, ctx.kernels), None, None
+
+
+class _TracedFakeQuantize(torch.autograd.Function):
+    """The same on whole tensors. The scale's gradient is summed by channel first, as a batch-norm's sums are: a
+    compiler makes one loop of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
+        """Quantize and de-quantize."""
+        ctx.save_for_backward(x, scale, low, high, factor)
+        return quantize(x, scale, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Straight through inside the range."""
+        if not torch.compiler.is_compiling():
+            _refuse_second_derivatives()
+        x, scale, low, high, factor = ctx.saved_tensors
+        inside, terms = _backward_terms(x, scale, grad, low, high)
+        by_channel = terms.sum([axis for axis in range(x.ndim) if axis != 1])
+        return inside, by_channel.sum() * factor, None, None, None
 
 
 class _QuantizedConvolution(torch.autograd.Function):
@@ -263,6 +297,10 @@ def fused_fake_quantize(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Ke
 
     Equal to the detach form: the values bit for bit, the gradients up to rounding. Differentiable once.
     """
+    if kernels == "traced":
+        values = x if x.dtype == torch.float64 else x.float()
+        traced: Tensor = _TracedFakeQuantize.apply(values, scale, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
+        return traced.to(x.dtype)
     result: Tensor = _FakeQuantize.apply(x, scale, grid, kernels)  # type: ignore[no-untyped-call]
     return result
 

@@ -48,12 +48,12 @@ def kernels(net: FloatModel) -> set[str | None]:
     return {quantizer.kernels for _, quantizer in quantizers(net)}
 
 
-def test_the_whole_network_is_compiled_in_the_detach_form_whatever_it_was_before() -> None:
+def test_the_whole_network_is_compiled_in_the_traced_form_whatever_it_was_before() -> None:
     net = make_module().net
     assert execute_as(net, "none", ()) == "execution: eager, fused quantizers" and kernels(net) == {"eager"}
     assert execute_as(net, "quantizers", ()).endswith("compiled") and kernels(net) == {"compiled"}
     execute_as(net, "network", ())
-    assert kernels(net) == {None}
+    assert kernels(net) == {"traced"}
 
 
 def test_second_derivatives_are_those_of_the_detach_form_inside_the_block_only() -> None:

@@ -41,7 +41,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("kernels", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernels", ["eager", "traced", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 def test_the_quantizer_equals_the_reference(kernels: Kernels, dtype: torch.dtype, signed: bool) -> None:
@@ -56,7 +56,7 @@ def test_the_quantizer_equals_the_reference(kernels: Kernels, dtype: torch.dtype
             assert_near(found[1], reference[1], TOLERANCE[dtype])
             grid = q.fused_grid(x)
             assert grid is not None
-            terms = float(reference[0].numel()) * grid.gradient_factor  # a sum is as exact as its terms are large
+            terms = float(reference[0].numel() * grid.gradient_factor)  # a sum is as exact as its terms are large
             assert float((found[2] - reference[2]).abs()) <= TOLERANCE[dtype] * max(1.0, terms)
 
 

@@ -82,9 +82,8 @@ class LSQ(Quantizer):
             return None
         if self.raw_scale.ndim or self.bits.ndim:
             return None
-        low, high = (float(limit) for limit in self.limits())
-        qmax = torch.tensor(high, dtype=torch.float64)
-        factor = float(lsq_gradient_factor(self._elements(x), qmax)) if self.gradient_factor else 1.0
+        low, high = (limit.to(self.raw_scale.dtype) for limit in self.limits())
+        factor = lsq_gradient_factor(self._elements(x), high) if self.gradient_factor else torch.ones_like(high)
         return UniformGrid(low, high, factor)
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
