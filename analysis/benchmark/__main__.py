@@ -53,7 +53,7 @@ def benchmark(kind: str, output: str, threads: int, **settings: Any) -> None:
         "values": values,
     }
     write_json(Path(output) / f"{kind}.json", record)
-    print(page.SECTIONS[kind][1](values))
+    print(page.SECTIONS[kind][1](record))
 
 
 def write_page(records: str, output: str) -> None:

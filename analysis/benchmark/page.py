@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
+CIFAR10_IMAGES = 50_000
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -15,16 +16,26 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _train(values: Mapping[str, Any]) -> str:
+def _train(record: Record) -> str:
+    steps = CIFAR10_IMAGES / record["settings"]["batch_size"]
     rows = [
-        (group, name, f"{cell['ms']:.0f}", f"{cell['ratio']:.2f}", f"{cell['low']:.2f} to {cell['high']:.2f}")
-        for group, ways in values.items()
+        (
+            group,
+            name,
+            f"{cell['ms']:.0f}",
+            f"{cell['ratio']:.2f}",
+            f"{cell['low']:.2f} to {cell['high']:.2f}",
+            f"{cell['ms'] * steps / 1e3:.0f}",
+        )
+        for group, ways in record["values"].items()
         for name, cell in ways.items()
     ]
-    return _table(("mode", "network", "ms a step", "ratio to float in the same mode", "quartiles"), rows)
+    header = ("mode", "network", "ms a step", "ratio to float in the same mode", "quartiles")
+    return _table((*header, "seconds an epoch of CIFAR-10's 50,000 images"), rows)
 
 
-def _memory(values: Mapping[str, Any]) -> str:
+def _memory(record: Record) -> str:
+    values = record["values"]
     rows = [
         (name, f"{cell['saved_mib']:.0f}", f"{cell['ratio']:.2f}", f"{cell['peak_mib']:.0f}")
         for name, cell in values.items()
@@ -32,22 +43,26 @@ def _memory(values: Mapping[str, Any]) -> str:
     return _table(("network", "kept for backward, MiB", "ratio to float, eager", "peak of a process, MiB"), rows)
 
 
-def _compile(values: Mapping[str, Any]) -> str:
+def _compile(record: Record) -> str:
+    values = record["values"]
     rows = [(name, f"{cell['cold_s']:.0f}", f"{cell['warm_s']:.0f}") for name, cell in values.items()]
     return _table(("network", "seconds to the first step, empty cache", "with the cache of an earlier process"), rows)
 
 
-def _data(values: Mapping[str, Any]) -> str:
+def _data(record: Record) -> str:
+    values = record["values"]
     rows = [(name, f"{cell['images_per_second']:,.0f}", f"{cell['ratio']:.1f}") for name, cell in values.items()]
     return _table(("loader", "images a second", "ratio"), rows)
 
 
-def _lightning(values: Mapping[str, Any]) -> str:
+def _lightning(record: Record) -> str:
+    values = record["values"]
     rows = [(name, f"{cell['us']:.0f}", f"{cell['above_us']:.0f}") for name, cell in values.items()]
     return _table(("loop", "µs a step", "µs above the loop by hand"), rows)
 
 
-def _peers(values: Mapping[str, Any]) -> str:
+def _peers(record: Record) -> str:
+    values = record["values"]
     rows = [
         (
             f"{peer} {found['version']}" if name == peer else name,
@@ -70,7 +85,8 @@ def _peers(values: Mapping[str, Any]) -> str:
     )
 
 
-def _curvature(values: Mapping[str, Any]) -> str:
+def _curvature(record: Record) -> str:
+    values = record["values"]
     rows = [
         (network, way, f"{cell['ms'] / 1e3:.2f}", f"{cell['ratio']:.2f}", f"{cell['low']:.2f} to {cell['high']:.2f}")
         for network, ways in values.items()
@@ -80,7 +96,8 @@ def _curvature(values: Mapping[str, Any]) -> str:
     return f"With kept graphs: every product but the first.\n\n{_table(header, rows)}"
 
 
-def _inference(values: Mapping[str, Any]) -> str:
+def _inference(record: Record) -> str:
+    values = record["values"]
     rows, skipped = [], []
     for engine, found in values.items():
         if "skipped" in found:
@@ -136,6 +153,6 @@ def page(folder: Path) -> str:
         record: Record = json.loads((folder / f"{kind}.json").read_text())
         settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if value is not None)
         parts.append(
-            f"## {heading}\n\n{table(record['values'])}\n\n{record['hardware']}, torch {record['torch']}; {settings}.\n"
+            f"## {heading}\n\n{table(record)}\n\n{record['hardware']}, torch {record['torch']}; {settings}.\n"
         )
     return "\n".join(parts) + "\nGenerated: `python -m analysis.benchmark page`.\n"

@@ -38,7 +38,8 @@ NAMES = {
     "lq_nets": "LQ-Nets", "liq": "LIQ", "minmax": "min-max", "binary": "binary", "sam": "SAM", "grad_l1": "GRAD-L1",
     "hero": "HERO", "kurtosis": "KURE", "saq": "SAQ", "noise_tempering": "noise tempering", "dir_net": "DIR-Net",
     "distillation": "distillation", "bin_regularization": "bin regularization",
-    "oscillation_dampening": "dampening", "oscillation_freezing": "freezing",
+    "oscillation_dampening": "dampening", "oscillation_freezing": "freezing", "bmpq": "BMPQ", "csq": "CSQ",
+    "sdq": "SDQ", "bsq": "BSQ", "constrained": "constrained",
 }  # fmt: skip
 
 COLOURS = ("#000000", "#c04a1b", "#1f6fb4", "#3f9a5b", "#8d5fb0", "#c98f00", "#7a7a7a")

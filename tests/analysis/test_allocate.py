@@ -10,6 +10,7 @@ import pytest
 
 from analysis.allocate import DEFAULTS, main
 from analysis.collect import collect
+from analysis.figures import allocation_pareto
 from analysis.figures.allocation_bits import draw, gathered
 from analysis.figures.base import NoData, save
 from research.quant.allocation import Allocation
@@ -170,3 +171,28 @@ def test_the_figure(copies: dict[str, Path], tmp_path: Path) -> None:
     assert {line[0] for line in both.table if line[1] == ""} == {"searched", "uniform"}
     with pytest.raises(NoData, match="no run with quantizers"):
         draw(collect(str(copies["float"])))
+
+
+def test_accuracy_against_cost(copies: dict[str, Path], tmp_path: Path) -> None:
+    (row,) = collect(str(copies["lsq"]))
+    base = read_table(copies["lsq"] / "table.yaml")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    widths = iter((4, 3, 2, 2, 4, 0))
+    found = Allocation({name: (8, 8) if name in ("conv1", "fc") else (next(widths), 4) for name in base})
+    write_allocation(mixed / ALLOCATION, found, base)
+    searched = {**row, "path": mixed, "mechanics": ["bmpq"], "bops": 0.5 * row["bops"]}
+    seeds = [{**searched, "seed": seed, "accuracy": accuracy} for seed, accuracy in enumerate((0.5, 0.7))]
+    uniform = {**row, "accuracy": 0.55}
+    drawn = allocation_pareto.draw([uniform, *seeds], costs="bops")
+    (plain, better) = drawn.table
+    assert plain[0].startswith("LSQ, W") and plain[3] == pytest.approx(55) and plain[4:] == (1, False)
+    assert better[0] == "LSQ + BMPQ, W2.5A4 mixed" and better[3] == pytest.approx(60) and better[4:] == (2, True)
+    assert better[2] == pytest.approx(0.5 * plain[2])
+    save(drawn, tmp_path, "allocation_pareto")
+    even = allocation_pareto.draw([{**row, "accuracy": 0.6}, *seeds], costs="size_kib")
+    assert [line[-1] for line in even.table] == [True, True], "equal in both: neither is beaten"
+    with pytest.raises(ValueError, match="^costs=money: use some of bops"):
+        allocation_pareto.draw([uniform], costs="money")
+    with pytest.raises(NoData, match="no run with quantizers"):
+        allocation_pareto.draw(collect(str(copies["float"])))
