@@ -29,6 +29,7 @@ from research.runs.checkpoint import RunCheckpoint, VerifiedCheckpointIO, load_c
 from research.runs.environment import snapshot
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger, finish_wandb, wandb_logger
+from research.runs.memory import keep_freed_memory
 from research.runs.preemption import StopOnSignal, requeued_when_stopped
 from research.runs.records import read_summary, write_config, write_json
 from research.settings import PRECISIONS, check_training
@@ -41,6 +42,7 @@ def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
     torch.compiler.reset()  # the jobs of a multirun share this process: no job counts another's graphs
     # a debugging aid of deterministic mode that costs a pass over every new tensor
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    keep_freed_memory()
     pl.seed_everything(config["seed"], verbose=False)
     data, module = build_data(config), build_module(config)
     data.setup()

@@ -16,6 +16,7 @@ from research.learning.module import QuantModule
 from research.learning.recompute import Recorder, recomputed_activations
 from research.quant.calibrate import calibrate
 from research.quant.passes import use_kernels
+from research.runs.memory import keep_freed_memory
 
 REFERENCE = "reference"
 """Beside the executions of a run: eager in the detach form, as a network without a fast path would run."""
@@ -94,6 +95,7 @@ def config_of(way: Way) -> dict[str, Any]:
 
 def build_step(way: Way, batch_size: int, device: str = "cpu") -> Step:
     """A step on one batch of synthetic 32x32 images; the same weights and the same batch for every way."""
+    keep_freed_memory()  # as every training
     torch.manual_seed(0)
     module = build_module(config_of(way)).to(device)
     module.train()

@@ -152,7 +152,5 @@ def page(folder: Path) -> str:
         heading, table = SECTIONS[kind]
         record: Record = json.loads((folder / f"{kind}.json").read_text())
         settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if value is not None)
-        parts.append(
-            f"## {heading}\n\n{table(record)}\n\n{record['hardware']}, torch {record['torch']}; {settings}.\n"
-        )
+        parts.append(f"## {heading}\n\n{table(record)}\n\n{record['hardware']}, torch {record['torch']}; {settings}.\n")
     return "\n".join(parts) + "\nGenerated: `python -m analysis.benchmark page`.\n"

@@ -1,0 +1,298 @@
+"""What searches over bit planes share (CSQ, BSQ): planes in the place of LSQ weights, budgets, and the exact end."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from callbacks.csq.planes import width_of
+from research.learning.mechanic import Claim, Mechanic, ParameterGroup
+from research.quant.allocation import Allocation, LayerBits
+from research.quant.budget import Choices, Counts, budgets_from_config, require_budgets
+from research.quant.conv_bn import QuantConvBn2d
+from research.quant.layers import QuantLayer, quant_layers
+from research.quant.quantizers.base import MAX_BITS, Quantizer
+from research.quant.quantizers.lsq import EPS, LSQ
+from research.runs.allocation import ALLOCATION, write_allocation
+from research.runs.logger import written_folders
+
+if TYPE_CHECKING:
+    from research.learning.module import QuantModule
+
+WEIGHTS = ("average_bits", "size", "bops")
+"""Kinds of budgets that depend on the widths of weights."""
+OF_LATENT_WEIGHTS = ("bin_regularization", "kurtosis", "oscillation_dampening")
+
+
+class PlaneWeight(Quantizer):
+    """A weight quantizer that holds the weight itself, as positive and negative bit planes.
+
+    What it is given plays no role; the layer's own weight stays what it was, and mode ``identity`` is that. ``codes``
+    and ``scale`` are those of the exact weight that the planes stand for at present.
+
+    Args:
+        source: the LSQ quantizer to take the place of.
+        planes: N; a width is that of the codes, with their sign: N + 1 at most.
+
+    Attributes:
+        positive, negative: (N, elements), the first plane the most significant.
+        raw_scale: 0-dim, used by its magnitude.
+    """
+
+    owns_weight = True
+    channelwise = False
+    min_bits = {"weight": 2, "input": 2, "output": 2}
+
+    def __init__(self, source: LSQ, planes: int) -> None:
+        super().__init__(replace(source.spec, bits=planes + 1, granularity="tensor"), source.shape, None, "weight")
+        self.planes = planes
+        self._plain = (source.spec, source.shape, source.channel_axis, source.role)
+        self._plain_options = (source.count_batch, source.gradient_factor, source.mask)
+        elements = torch.Size(source.shape).numel()
+        self.positive = nn.Parameter(torch.zeros(planes, elements))
+        self.negative = nn.Parameter(torch.zeros(planes, elements))
+        self.raw_scale = nn.Parameter(torch.ones(()))
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The trained scale s, positive, 0-dim."""
+        return torch.clamp(self.raw_scale.abs(), min=EPS)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The weight in units of the exact one's codes."""
+        return self.fake_quantize(x) / self.scale
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """``scale * codes``."""
+        scale = self.scale
+        return codes.to(scale.dtype) * scale
+
+    def plain(self, scale: Tensor, bits: int) -> LSQ:
+        """The LSQ quantizer with this scale and width; otherwise that of the recipe."""
+        found = LSQ(*self._plain, *self._plain_options).to(scale.device, scale.dtype).train(self.training)
+        found.raw_scale.fill_(scale)
+        found.bits.fill_(bits)
+        found.initialised.copy_(self.initialised)
+        return found
+
+
+def planes_of(layer: nn.Module) -> Any:
+    """The bit planes of a layer: a `PlaneWeight` of the mechanic's own kind."""
+    found = layer.weight_quantizer
+    assert isinstance(found, PlaneWeight)
+    return found
+
+
+@torch.no_grad()
+def make_exact(layer: QuantLayer, codes: Tensor, scale: Tensor, bits: int) -> None:
+    """Give ``layer`` the LSQ quantizer of this scale and width, and the weight ``scale * codes``.
+
+    Args:
+        layer: with a `PlaneWeight`.
+        codes: integers in the shape of the weight, that ``bits`` hold.
+        scale: 0-dim, positive.
+        bits: width, sign included.
+    """
+    plain = planes_of(layer).plain(scale, bits)
+    layer.weight_quantizer = plain
+    layer.weight.copy_(codes.to(scale.dtype) * scale)
+    layer.weight.requires_grad_(True)
+
+
+class Search(nn.Module):
+    """Where a search stands: saved with the run.
+
+    Attributes:
+        fixed: whether the widths are.
+        mark: the last thing that was done once: CSQ's rounds that are over, BSQ's step of the last re-quantization.
+        input_shape: (C, H, W) of one sample; 0 in a host that no run has prepared.
+    """
+
+    fixed: Tensor
+    mark: Tensor
+    input_shape: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fixed", torch.tensor(False))
+        self.register_buffer("mark", torch.tensor(0))
+        self.register_buffer("input_shape", torch.zeros(3, dtype=torch.int64))
+
+
+class PlaneSearch(Mechanic):
+    """Base of the mechanics that choose widths by bit planes.
+
+    Args:
+        budget: one or several, see `research.quant.budget`; bits count the sign.
+        planes: bit planes that a layer starts with.
+        until: part of the run after which the widths stay.
+        least: planes that a layer keeps at least.
+        search_ends: also the first and the last layer.
+        lr_factor: learning rate of the planes, as a multiple of the run's.
+        weight_decay: of all that the planes train; None: the run's.
+        optimizer: one for the planes alone; None: the run's.
+    """
+
+    claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
+
+    def __init__(
+        self,
+        budget: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        planes: int,
+        until: float,
+        least: int,
+        search_ends: bool,
+        lr_factor: float,
+        weight_decay: float | None,
+        optimizer: Mapping[str, Any] | None,
+    ) -> None:
+        key = f"callbacks.{self.slug}"
+        self.budgets = budgets_from_config(budget, f"{key}.budget")
+        if not any(each.kind in WEIGHTS for each in self.budgets):
+            raise ValueError(f"{key}.budget: the planes are those of weights; use a budget of {', '.join(WEIGHTS)}")
+        if not 1 <= planes < MAX_BITS:
+            raise ValueError(f"{key}.planes={planes}: use 1 to {MAX_BITS - 1}, the sign is one more bit")
+        if lr_factor <= 0:
+            raise ValueError(f"{key}.lr_factor={lr_factor}: use more than 0")
+        self.planes = planes
+        self.until = until
+        self.least = least
+        self.search_ends = search_ends
+        self.lr_factor = lr_factor
+        self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self._counts: Counts | None = None
+
+    # -- construction ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make(self, source: LSQ) -> PlaneWeight:
+        """The planes that take the place of a quantizer."""
+
+    def attach(self, module: QuantModule) -> None:
+        """Put bit planes in the place of the LSQ quantizers of the weights."""
+        key = f"callbacks.{self.slug}"
+        for other in module.active:
+            if other.slug in OF_LATENT_WEIGHTS:
+                raise ValueError(f"{key}: callbacks.{other.slug} acts on latent weights, planes have none; drop one")
+        structure = module.net.structure()
+        ends = () if self.search_ends else (structure.first, structure.last)
+        self.layers: dict[str, QuantLayer] = {
+            name: layer
+            for name, layer in quant_layers(module.net)
+            if layer.weight_quantizer is not None and name not in ends
+        }
+        if not self.layers:
+            raise ValueError(
+                f"{key}: no quantized weight whose width could be chosen; use e.g. quantizer=lsq, or "
+                f"{key}.search_ends=true where there are but a first and a last layer"
+            )
+        for name, layer in self.layers.items():
+            source = layer.weight_quantizer
+            if type(source) is not LSQ or isinstance(layer, QuantConvBn2d) or source.spec.signed is False:
+                raise ValueError(
+                    f"{key}: {name} is to end as a signed LSQ weight of its own; use quantizer.weight.name=lsq, "
+                    "quantizer.weight.signed=true, quantizer.widths=[] and quantizer.fold_bn=none"
+                )
+            layer.weight_quantizer = self.make(source)
+            layer.weight.requires_grad_(False)
+        self.choices: Choices = {
+            name: [LayerBits(width_of(span), bits.input) for span in range(self.planes + 1)]
+            if name in self.layers
+            else [bits]
+            for name, bits in Allocation.of(module.net).items()
+        }
+        self.state = Search()
+        module.mechanics[self.slug] = self.state
+
+    def prepare(self, module: QuantModule, loader: Any) -> None:
+        """Note the size of an image, on which costs depend, and refuse a budget that no choice meets."""
+        images, _ = next(iter(loader))
+        self.state.input_shape.copy_(torch.tensor(images.shape[1:]))
+        reachable = {
+            name: options[self.least :] if name in self.layers else options for name, options in self.choices.items()
+        }
+        for budget in self.budgets:
+            budget.require(self.counts, reachable)
+
+    def parameter_groups(self, module: QuantModule) -> list[ParameterGroup]:
+        """The planes; all else that their quantizers train."""
+        planes: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for quantizer in self.quantizers.values():
+            for name, parameter in quantizer.named_parameters():
+                (planes if name in ("positive", "negative") else others).append(parameter)
+        decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        rate = {"lr_factor": self.lr_factor} if self.optimizer is None else {}
+        return [ParameterGroup(planes, {**decay, **rate}, self.optimizer), ParameterGroup(others, decay)]
+
+    # -- budget ------------------------------------------------------------------------------------------------
+
+    @property
+    def quantizers(self) -> dict[str, Any]:
+        """The bit planes by the name of their layer."""
+        return {name: planes_of(layer) for name, layer in self.layers.items()}
+
+    @property
+    def counts(self) -> Counts:
+        """What the cost of an allocation follows from."""
+        if self._counts is None:
+            structure = self.module.net.structure()
+            shape = self.state.input_shape.tolist()
+            self._counts = Counts.of(self.module.plain_copy().cpu(), shape, structure.first, structure.last)
+        return self._counts
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the costs are known; they are not in a host that was rebuilt from a configuration alone."""
+        return bool(self.state.input_shape.any())
+
+    def fits(self, widths: Mapping[str, int]) -> bool:
+        """Whether these widths, by layer, are within the budgets; true where costs are not known."""
+        allocation = Allocation(
+            {
+                name: LayerBits(widths.get(name, options[0].weight), options[0].input)
+                for name, options in self.choices.items()
+            }
+        )
+        return not self.is_prepared or all(budget.met(self.counts, allocation) for budget in self.budgets)
+
+    def costs(self) -> str:
+        """What the network costs at its present widths, in words."""
+        found = Allocation.of(self.module.net)
+        return ", ".join(f"{each.cost(self.counts, found):.6g} of {each.value:.6g}" for each in self.budgets)
+
+    def fixing_step(self, total: int) -> int:
+        """The optimizer step, of ``total``, in front of which the widths are fixed: the last one at the latest."""
+        return max(1, min(round(self.until * total), total - 1))
+
+    # -- end ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def exact_forms(self, net: nn.Module) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """Codes, scale and width of every layer that has planes in ``net``, this network or a copy; it may change."""
+
+    @torch.no_grad()
+    def finalise(self, net: nn.Module) -> None:
+        """Make the layers with planes LSQ's, of exactly their weight; refuse a network that is not within its budget."""
+        if not any(isinstance(layer.weight_quantizer, PlaneWeight) for _, layer in quant_layers(net)):
+            return
+        for name, (codes, scale, bits) in self.exact_forms(net).items():
+            layer = net.get_submodule(name)
+            assert isinstance(layer, QuantLayer)
+            make_exact(layer, codes, scale, bits)
+        if self.is_prepared:
+            require_budgets(self.budgets, self.counts, Allocation.of(net))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``allocation.yaml`` into the run folder, where there is one."""
+        for folder in written_folders(trainer):
+            net = self.module.plain_copy()
+            self.finalise(net)
+            write_allocation(folder / ALLOCATION, Allocation.of(net), self.module.table)
