@@ -36,8 +36,8 @@ class BSQ(PlaneSearch):
         until: part of the run after which the widths stay.
         search_ends: also the first and the last layer, instead of leaving them as they are.
         lr_factor: learning rate of the digits, as a multiple of the run's.
-        weight_decay: of the digits and scales; None: the run's.
-        optimizer: one for the digits; None: the run's.
+        adam_lr: learning rate of an Adam for the digits, in place of the run's optimizer; None: no such.
+        weight_decay: of the digits and scales; None: the run's, or none where Adam trains them.
     """
 
     slug = "bsq"
@@ -51,10 +51,10 @@ class BSQ(PlaneSearch):
         until: float = 0.55,
         search_ends: bool = False,
         lr_factor: float = 1.0,
+        adam_lr: float | None = None,
         weight_decay: float | None = None,
-        optimizer: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(budget, planes, until, 1, search_ends, lr_factor, weight_decay, optimizer)
+        super().__init__(budget, planes, until, 1, search_ends, lr_factor, adam_lr, weight_decay)
         if strength < 0:
             raise ValueError(f"callbacks.bsq.strength={strength}: use 0 or more, such as 0.01")
         if not 0 < interval <= 1:

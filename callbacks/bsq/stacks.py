@@ -44,8 +44,8 @@ def plane_digits(codes: Tensor, planes: int) -> Tensor:
 def requantized(units: Tensor, step: Tensor, planes: Tensor, most: int) -> Requantized:
     """Round the sum of the planes, let the layer grow by one plane if it has outgrown them, and drop its empty ones.
 
-    An empty plane has no 1 among the positive nor the negative digits. Dropping the last ones doubles the step; no value
-    changes, except those that are clipped because the layer has ``most`` planes already (official code).
+    An empty plane has no 1 among the positive nor the negative digits. Dropping the last ones doubles the step; no
+    value changes, except those that are clipped because the layer has ``most`` planes already (official code).
 
     Args:
         units: weights in units of ``step``, not clamped, any shape.

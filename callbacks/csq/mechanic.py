@@ -29,7 +29,7 @@ RATIOS: tuple[Ratio, ...] = get_args(Ratio)
 
 
 class CSQ(PlaneSearch):
-    """Learns which bit planes every layer needs: a gate on each, harder and harder, under a penalty that seeks a budget.
+    """Learns which bit planes each layer needs: a gate on each, harder and harder, under a penalty that seeks a budget.
 
     The weights of the chosen layers are bit planes (`GatedPlanes`), with no estimator in their derivatives. A layer
     with n planes from the first open one to the last has n + 1 bits: the sign is one of them. At ``ticket`` the gates
@@ -48,8 +48,8 @@ class CSQ(PlaneSearch):
         keep_one: no layer loses its last plane.
         search_ends: also the first and the last layer, instead of leaving them as they are.
         lr_factor: learning rate of the digits' logits, as a multiple of the run's.
-        weight_decay: of the logits, gates and scales; None: the run's.
-        optimizer: one for the digits' logits, such as ``{_target_: torch.optim.Adam, lr: 0.01}``; None: the run's.
+        adam_lr: learning rate of an Adam for these logits, in place of the run's optimizer; None: no such.
+        weight_decay: of the logits, gates and scales; None: the run's, or none where Adam trains them.
     """
 
     slug = "csq"
@@ -67,10 +67,10 @@ class CSQ(PlaneSearch):
         keep_one: bool = True,
         search_ends: bool = False,
         lr_factor: float = 1.0,
+        adam_lr: float | None = None,
         weight_decay: float | None = None,
-        optimizer: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(budget, planes, ticket, int(keep_one), search_ends, lr_factor, weight_decay, optimizer)
+        super().__init__(budget, planes, ticket, int(keep_one), search_ends, lr_factor, adam_lr, weight_decay)
         if strength < 0:
             raise ValueError(f"callbacks.csq.strength={strength}: use 0 or more, such as 0.01")
         if ratio not in RATIOS:

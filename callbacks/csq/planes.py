@@ -13,7 +13,8 @@ from torch import Tensor
 
 def plane_weights(planes: int) -> Tensor:
     """``c_b = 2^(N-1-b) / (2^N - 1)``, which sum to 1; float64 of shape (N,)."""
-    return 2.0 ** torch.arange(planes - 1, -1, -1, dtype=torch.float64) / (2**planes - 1)
+    powers = torch.exp2(torch.arange(planes - 1, -1, -1, dtype=torch.float64))
+    return powers / powers.sum()
 
 
 def temperature(progress: float, beta_max: float) -> float:

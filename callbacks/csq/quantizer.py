@@ -52,7 +52,8 @@ class GatedPlanes(PlaneWeight):
 
     def scale_of(self, opened: Tensor) -> Tensor:
         """The value of the last open plane, 0-dim: distance of neighbouring values of the exact weight."""
-        return self.magnitude / (2**self.planes - 1) * torch.exp2(behind_last(opened))
+        scale: Tensor = self.magnitude / (2**self.planes - 1) * torch.exp2(behind_last(opened))
+        return scale
 
     @property
     def scale(self) -> Tensor:

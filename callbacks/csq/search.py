@@ -135,8 +135,8 @@ class PlaneSearch(Mechanic):
         least: planes that a layer keeps at least.
         search_ends: also the first and the last layer.
         lr_factor: learning rate of the planes, as a multiple of the run's.
+        adam_lr: learning rate of an Adam for the planes alone, in place of the run's optimizer; None: no such.
         weight_decay: of all that the planes train; None: the run's.
-        optimizer: one for the planes alone; None: the run's.
     """
 
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
@@ -149,8 +149,8 @@ class PlaneSearch(Mechanic):
         least: int,
         search_ends: bool,
         lr_factor: float,
+        adam_lr: float | None,
         weight_decay: float | None,
-        optimizer: Mapping[str, Any] | None,
     ) -> None:
         key = f"callbacks.{self.slug}"
         self.budgets = budgets_from_config(budget, f"{key}.budget")
@@ -160,13 +160,15 @@ class PlaneSearch(Mechanic):
             raise ValueError(f"{key}.planes={planes}: use 1 to {MAX_BITS - 1}, the sign is one more bit")
         if lr_factor <= 0:
             raise ValueError(f"{key}.lr_factor={lr_factor}: use more than 0")
+        if adam_lr is not None and adam_lr <= 0:
+            raise ValueError(f"{key}.adam_lr={adam_lr}: use more than 0, such as 1e-3, or null")
         self.planes = planes
         self.until = until
         self.least = least
         self.search_ends = search_ends
         self.lr_factor = lr_factor
         self.weight_decay = weight_decay
-        self.optimizer = optimizer
+        self.adam_lr = adam_lr
         self._counts: Counts | None = None
 
     # -- construction ------------------------------------------------------------------------------------------
@@ -229,8 +231,11 @@ class PlaneSearch(Mechanic):
             for name, parameter in quantizer.named_parameters():
                 (planes if name in ("positive", "negative") else others).append(parameter)
         decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
-        rate = {"lr_factor": self.lr_factor} if self.optimizer is None else {}
-        return [ParameterGroup(planes, {**decay, **rate}, self.optimizer), ParameterGroup(others, decay)]
+        if self.adam_lr is None:
+            own = ParameterGroup(planes, {**decay, "lr_factor": self.lr_factor})
+        else:
+            own = ParameterGroup(planes, decay, {"_target_": "torch.optim.Adam", "lr": self.adam_lr})
+        return [own, ParameterGroup(others, decay)]
 
     # -- budget ------------------------------------------------------------------------------------------------
 
@@ -280,7 +285,7 @@ class PlaneSearch(Mechanic):
 
     @torch.no_grad()
     def finalise(self, net: nn.Module) -> None:
-        """Make the layers with planes LSQ's, of exactly their weight; refuse a network that is not within its budget."""
+        """Make the layers with planes LSQ's, of exactly their weight; refuse a network above its budget."""
         if not any(isinstance(layer.weight_quantizer, PlaneWeight) for _, layer in quant_layers(net)):
             return
         for name, (codes, scale, bits) in self.exact_forms(net).items():

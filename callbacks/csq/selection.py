@@ -12,6 +12,7 @@ from callbacks.csq.planes import span_of, width_of
 from callbacks.csq.search import WEIGHTS
 from research.quant.budget import Budget, Choices, Counts
 
+
 @dataclass(frozen=True)
 class CostTable:
     """What a network costs at any spans of its layers, as tensors: no value leaves the device.
@@ -92,11 +93,11 @@ def settled(
     """Which planes stay, by layer: those with ``m > 0``, and fewer where these are not within the budget.
 
     The official code ends wherever the penalty has led to. Here, while the widths do not fit, that one of the first and
-    last open planes of all layers is closed whose gate is the least: closing a plane between two open ones saves nothing.
+    last open planes of all layers is closed whose gate is the least: closing one between two open ones saves nothing.
 
     Args:
         gates: m by layer.
-        least: 1: open the plane with the greatest gate where a layer has no other, and do not close a layer's last; or 0.
+        least: 1: open the plane with the greatest gate where a layer has no other, never close a layer's last; or 0.
         fits: whether widths, by layer, are within the budgets; true of the least ones.
     """
     opened = {name: [value > 0 for value in values] for name, values in gates.items()}

@@ -141,9 +141,7 @@ class SDQ(Mechanic):
         net, structure = module.net, module.net.structure()
         ends = () if self.search_ends else (structure.first, structure.last)
         self.layers: dict[str, QuantLayer] = {
-            name: layer
-            for name, layer in quant_layers(net)
-            if layer.weight_quantizer is not None and name not in ends
+            name: layer for name, layer in quant_layers(net) if layer.weight_quantizer is not None and name not in ends
         }
         if not self.layers:
             raise ValueError(
@@ -261,7 +259,7 @@ class SDQ(Mechanic):
             return
         for name, coin in self.coins.items():
             coin.follow()
-            if bool(coin.undecided) and float(coin.beta) < self.threshold:
+            if bool(coin.undecided) and float(coin.beta.detach()) < self.threshold:
                 below = [width for width in self.bits if width < int(coin.lower.bits)]
                 coin.step_down(below[-1] if below else None, self.layers[name].float_weight())
                 self._forget(coin)
@@ -308,7 +306,7 @@ class SDQ(Mechanic):
         sensitivities = {name: {bits: 0.0} for name, bits in present.items()}
         for name, coin in self.coins.items():
             reached = [width for width in self.bits if width <= int(coin.higher.bits)]
-            values = improbabilities(reached, float(coin.beta), self.start)
+            values = improbabilities(reached, float(coin.beta.detach()), self.start)
             sensitivities[name] = {LayerBits(b, present[name].input): value for b, value in values.items()}
         return allocate(sensitivities, self.counts, self.budgets, current=present)
 
@@ -316,7 +314,7 @@ class SDQ(Mechanic):
         """Log the widths in evaluation and the probabilities."""
         values = Allocation.of(self.module.net).metrics()
         if not bool(self.state.over):
-            betas = {name: float(coin.certainty) for name, coin in self.coins.items()}
+            betas = {name: float(coin.certainty.detach()) for name, coin in self.coins.items()}
             values |= {f"{self.slug}/beta/{name}": beta for name, beta in betas.items()}
             values[f"{self.slug}/beta_mean"] = sum(betas.values()) / len(betas)
         pl_module.log_dict(values)

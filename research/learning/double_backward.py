@@ -17,8 +17,7 @@ from research.quant.quantizers import Quantizer
 def twice_differentiable(net: nn.Module) -> Iterator[None]:
     """Inside the block evaluations of ``net`` have second derivatives, for ``create_graph=True``.
 
-    The quantizers are in the detach form in place of the fast path, the convolutions in one whose second derivatives
-    are fast.
+    The quantizers and the convolutions are in forms whose second derivatives are right and fast.
     """
     with surrogate_gradients(net), fast_double_backward(net):
         yield

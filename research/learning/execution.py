@@ -50,7 +50,7 @@ def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechan
     """Run ``net`` so from now on; a line that says how.
 
     The whole network is compiled with quantizers that the compiler fuses into the layers around them. Evaluations
-    whose second derivatives a mechanic takes are in the detach form (`twice_differentiable`).
+    whose second derivatives a mechanic takes are in a form that has them (`twice_differentiable`).
     """
     if execution == "network":
         use_kernels(net, "traced")
@@ -59,7 +59,7 @@ def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechan
     use_kernels(net, "compiled" if execution == "quantizers" else "eager")
     line = f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"
     needing = [f"callbacks.{mechanic.slug}" for mechanic in mechanics if mechanic.needs_double_backward]
-    return f"{line}; in the detach form where {', '.join(needing)} takes second derivatives" if needing else line
+    return f"{line}; twice differentiable where {', '.join(needing)} asks for it" if needing else line
 
 
 def has_compiler() -> bool:

@@ -1,8 +1,8 @@
 """The fast path of uniform per-tensor quantizers: few passes over memory, nothing saved that can be recomputed.
 
-Same values and same first derivatives as the detach form of `research.quant.ste`, which remains the reference: these
-functions are differentiable once and say so when asked for more. The arithmetic is written on flat tensors in memory
-order, so that one kernel serves every shape and memory format.
+Same values and same derivatives as the detach form of `research.quant.ste`, which remains the reference: these
+functions are differentiable once and say so when asked for more, but for the ``affine`` ones. The arithmetic is mostly
+written on flat tensors in memory order, so that one kernel serves every shape and memory format.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-Kernels = Literal["eager", "compiled", "traced"]
-"""``traced``: written for a network that is compiled as a whole, which fuses it into the layers around it."""
+Kernels = Literal["eager", "compiled", "traced", "affine"]
+"""``traced``: for a network that is compiled as a whole, which fuses it into the layers around it; ``affine``: for
+derivatives of any order."""
+WITH_CONVOLUTION: tuple[Kernels, ...] = ("eager", "compiled")
+"""Kernels that are one node with the convolution behind them."""
 Limit = Any
 """A float, or a 0-dim tensor."""
 
@@ -220,6 +223,43 @@ class _TracedFakeQuantize(torch.autograd.Function):
         return inside, by_channel.sum() * factor, None, None, None
 
 
+class _AffineFakeQuantize(torch.autograd.Function):
+    """Straight through, LSQ is ``m x + k s`` with constants m (0 or 1) and k: ``k = round(c) - c`` inside the range and
+    the bound outside. So its backward pass is linear in the upstream gradient, and recorded as it is has every higher
+    derivative right.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantized and de-quantized ``x``, m (bool) and k."""
+        codes = x / scale
+        clipped = torch.clamp(codes, low, high)
+        inside, rounded = codes == clipped, torch.round(clipped)
+        return rounded * scale, inside, rounded - torch.where(inside, clipped, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep the constants."""
+        kept = (*output[1:], inputs[-1])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *constants: Any) -> tuple[Tensor | None, ...]:
+        """The linear map's transpose."""
+        inside, slope, factor = ctx.saved_tensors
+        return grad * inside, (grad * slope).sum() * factor, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, scale: Tensor, *constants: Any) -> tuple[Tensor | None, ...]:
+        """The linear map."""
+        inside, slope, factor = ctx.saved_tensors
+        return x * inside + scale * factor * slope, None, None
+
+
 class _QuantizedConvolution(torch.autograd.Function):
     """Quantizer and convolution in one: the de-quantized input is made again in the backward pass."""
 
@@ -295,14 +335,18 @@ class Convolution:
 def fused_fake_quantize(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels = "eager") -> Tensor:
     """Fake-quantize ``x`` (any shape, its dtype) with a 0-dim ``scale``; arithmetic in float32 or wider.
 
-    Equal to the detach form: the values bit for bit, the gradients up to rounding. Differentiable once.
+    Equal to the detach form: the values bit for bit, the gradients up to rounding. Differentiable once; ``affine``: any
+    number of times.
     """
+    if kernels in WITH_CONVOLUTION:
+        result: Tensor = _FakeQuantize.apply(x, scale, grid, kernels)  # type: ignore[no-untyped-call]
+        return result
+    values = x if x.dtype == torch.float64 else x.float()
     if kernels == "traced":
-        values = x if x.dtype == torch.float64 else x.float()
-        traced: Tensor = _TracedFakeQuantize.apply(values, scale, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
-        return traced.to(x.dtype)
-    result: Tensor = _FakeQuantize.apply(x, scale, grid, kernels)  # type: ignore[no-untyped-call]
-    return result
+        result = _TracedFakeQuantize.apply(values, scale, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
+    else:
+        result, _, _ = _AffineFakeQuantize.apply(values, scale, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
+    return result.to(x.dtype)
 
 
 def fused_quantized_convolution(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from research.quant.fused import Convolution, fused_quantized_convolution
+from research.quant.fused import WITH_CONVOLUTION, Convolution, fused_quantized_convolution
 from research.quant.quantizers.base import Quantizer
 
 SLOTS = ("input_quantizer", "weight_quantizer", "weight_override", "output_quantizer")
@@ -103,7 +103,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def quantized_operation(self, x: Tensor) -> Tensor:
         """One fused node where the quantizer has the fast path on and nobody looks at the quantized input."""
         quantizer = self.input_quantizer
-        if quantizer is None or quantizer.kernels in (None, "traced") or quantizer._forward_hooks:
+        if quantizer is None or quantizer.kernels not in WITH_CONVOLUTION or quantizer._forward_hooks:
             return super().quantized_operation(x)
         plain = type(self).operate is QuantConv2d.operate and self.padding_mode == "zeros"
         grid = quantizer.fused_grid(x) if plain else None

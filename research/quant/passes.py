@@ -130,11 +130,11 @@ def use_kernels(net: nn.Module, kernels: Kernels | None) -> None:
 
 @contextmanager
 def surrogate_gradients(net: nn.Module) -> Iterator[None]:
-    """Inside the block Hessians exist: every quantizer takes its reference path, and those whose derivative depends on
-    the upstream gradient the plain straight-through estimator."""
+    """Inside the block Hessians exist: every quantizer takes the path that has all derivatives, and those whose
+    derivative depends on the upstream gradient the plain straight-through estimator."""
     with ExitStack() as stack:
         for _, quantizer in quantizers(net):
-            stack.enter_context(rebound(quantizer, "kernels", None))
+            stack.enter_context(rebound(quantizer, "kernels", "affine"))
             if quantizer.backward == "gradient_dependent":
                 stack.enter_context(rebound(quantizer, "plain_ste", True))
         yield

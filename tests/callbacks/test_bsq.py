@@ -240,7 +240,7 @@ def test_digits_stay_in_range_and_momenta_are_forgotten() -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, host: Any, *arguments: Any) -> None:
             for each in mechanic(host).quantizers.values():
                 for digits in (each.positive, each.negative):
-                    assert 0 <= float(digits.min()) and float(digits.max()) <= 2
+                    assert digits.min() >= 0 and digits.max() <= 2
 
     fit(module, callbacks=(Check(),))
     assert momenta == [False, True] * 4  # none in front of step 0, nor behind a re-quantization in front of 2, 4, 6

@@ -202,7 +202,7 @@ def test_digits_can_have_an_optimizer_or_a_rate_of_their_own() -> None:
     assert plain["digits"]["initial_lr"] == pytest.approx(1.0)
     assert plain["others"]["initial_lr"] == pytest.approx(0.1)
     assert {group["weight_decay"] for group in plain.values()} == {1e-3}
-    adam = groups(optimizer={"_target_": "torch.optim.Adam", "lr": 0.02}, weight_decay=0.0)
+    adam = groups(adam_lr=0.02, weight_decay=0.0)
     assert adam["digits"]["initial_lr"] == 0.02 and "betas" in adam["digits"]
     assert {group["weight_decay"] for group in adam.values()} == {0.0}
 
@@ -270,6 +270,7 @@ def test_a_network_above_its_budget_is_not_deployed() -> None:
         ({"rounds": 0}, "rounds=0"),
         ({"logit": 0.0}, "logit=0"),
         ({"lr_factor": 0.0}, "lr_factor=0"),
+        ({"adam_lr": 0.0}, "adam_lr=0"),
         ({"budget": {"kind": "bits", "value": 3}}, "budget.kind=bits"),
         ({"budget": {"kind": "activation_max", "value": 3}}, "budget"),
     ],

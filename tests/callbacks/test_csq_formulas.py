@@ -162,7 +162,7 @@ def test_a_cold_weight_is_the_exact_one() -> None:  # check 4
     planes.gates.data.copy_(torch.tensor([-1.0, 0.5, 0.1, 2.0, -0.1]))
     planes.beta.fill_(200)
     codes, scale = planes.codes(planes.positive), planes.raw_scale.detach()
-    assert float((planes(planes.positive) - codes * planes.scale).abs().max()) < 1e-6 * float(scale)
+    assert (planes(planes.positive) - codes * planes.scale).abs().max() < 1e-6 * scale
     units = codes * planes.scale / scale * 31
     assert torch.equal(hard_codes(planes.positive, planes.negative, planes.opened()), units.flatten().round().int())
     assert int(units.abs().max()) <= 31

@@ -101,7 +101,9 @@ def test_average_bits_never_increase_while_the_search_goes_on() -> None:  # chec
     module = searching(budget=None, lr=0.9, strength=300.0, until=0.9)
     watch = Watch()
     fit(module, callbacks=(watch,))
-    assert all(before >= after for pair in itertools.pairwise(watch.higher) for before, after in zip(*pair, strict=True))
+    assert all(
+        before >= after for pair in itertools.pairwise(watch.higher) for before, after in zip(*pair, strict=True)
+    )
     assert sum(watch.higher[-1]) < sum(watch.higher[0])
 
 

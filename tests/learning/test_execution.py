@@ -56,15 +56,15 @@ def test_the_whole_network_is_compiled_in_the_traced_form_whatever_it_was_before
     assert kernels(net) == {"traced"}
 
 
-def test_second_derivatives_are_those_of_the_detach_form_inside_the_block_only() -> None:
+def test_second_derivatives_are_right_inside_the_block_only() -> None:
     net = make_module().net
     line = execute_as(net, "none", [Curved()])
-    assert line.endswith("; in the detach form where callbacks.curved takes second derivatives")
+    assert line.endswith("; twice differentiable where callbacks.curved asks for it")
     weight = next(parameter for parameter in net.parameters() if parameter.ndim == 4)
     images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     calibrate(net, [images])
     with twice_differentiable(net):
-        assert kernels(net) == {None}
+        assert kernels(net) == {"affine"}
         loss = net(images).square().sum()
     assert kernels(net) == {"eager"}
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)

@@ -41,7 +41,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("kernels", ["eager", "traced", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernels", ["eager", "traced", "affine", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 def test_the_quantizer_equals_the_reference(kernels: Kernels, dtype: torch.dtype, signed: bool) -> None:
@@ -147,6 +147,25 @@ def test_second_derivatives_are_refused_and_the_reference_has_them() -> None:
     with surrogate_gradients(layer):
         (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
         assert torch.autograd.grad(gradient.square().sum(), layer.weight)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+def test_the_affine_kernels_have_the_derivatives_of_the_reference_of_any_order(signed: bool) -> None:
+    q = quantizer(signed=signed).double()
+    x = values((3, 4, 5), torch.float64, signed)
+
+    def derivatives() -> list[Tensor]:
+        variables = (x, q.raw_scale)
+        found = [(q(x * x.cos()) * torch.linspace(1, 2, 5)).pow(4).sum()]
+        for _ in range(3):
+            total = sum(term.square().sum() for term in found[-1:])
+            found += torch.autograd.grad(total, variables, create_graph=True)
+        return [term.detach() for term in found]
+
+    expected = derivatives()
+    q.kernels = "affine"
+    for found, reference in zip(derivatives(), expected, strict=True):
+        assert_near(found, reference, 1e-12 * max(1.0, float(reference.abs().max())))
 
 
 def test_what_the_fast_path_does_not_know_takes_the_reference() -> None:
