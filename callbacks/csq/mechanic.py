@@ -45,7 +45,7 @@ class CSQ(PlaneSearch):
         ticket: part of the run after which the gates are fixed.
         rounds: parts of the search with a temperature each, which begins at 1 again; gates that closed stay so.
         logit: digits start at the logits ``-logit`` and ``logit``; None: at 0 and 1, as in the official code.
-        keep_one: no layer loses its last plane.
+        keep_one: no layer loses its last plane: the greatest gate of a layer is never closed.
         search_ends: also the first and the last layer, instead of leaving them as they are.
         lr_factor: learning rate of the digits' logits, as a multiple of the run's.
         adam_lr: learning rate of an Adam for these logits, in place of the run's optimizer; None: no such.
@@ -143,8 +143,10 @@ class CSQ(PlaneSearch):
 
     @torch.no_grad()
     def after_step(self, module: QuantModule) -> None:
-        """Make the stated widths those of the open gates."""
+        """Keep a plane of every layer, and make the stated widths those of the open gates."""
         for quantizer in self.quantizers.values():
+            if self.least:
+                quantizer.keep_one()
             quantizer.settle_bits()
 
     def masks(self, net: nn.Module) -> dict[str, list[bool]]:

@@ -94,6 +94,11 @@ class GatedPlanes(PlaneWeight):
         self.bits.copy_(torch.where(span > 0, span + 1, 0))
 
     @torch.no_grad()
+    def keep_one(self) -> None:
+        """Let the greatest gate be undecided, not closed, where all are closed: else the layer would be lost."""
+        self.gates.copy_(torch.where(self.gates == self.gates.amax(), self.gates.clamp(min=0), self.gates))
+
+    @torch.no_grad()
     def fix(self, opened: Tensor) -> None:
         """From now on the gates are these, boolean (N,)."""
         self.mask.copy_(opened)

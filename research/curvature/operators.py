@@ -31,7 +31,7 @@ from research.curvature.sharpness import Loss, shares
 from research.curvature.surface import WEIGHTS, Surface, leaves, replaced_rules
 from research.learning.evaluation import Network
 from research.learning.perturbation import named_gradients
-from research.quant.convolution import fast_double_backward
+from research.quant.double_backward import fast_double_backward
 from research.quant.kinds import Kind
 from research.quant.passes import surrogate_gradients
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from research.quant.convolution import fast_double_backward
+from research.quant.double_backward import fast_double_backward
 from research.quant.passes import surrogate_gradients
 from research.quant.quantizers import Quantizer
 

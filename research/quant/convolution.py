@@ -10,8 +10,7 @@ derivative as convolutions with swapped axes instead, which its kernels are seve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from research.quant.fused import Convolution
-from research.quant.passes import rebound
 
 
 def convolution(x: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
@@ -28,20 +26,8 @@ def convolution(x: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
     return y
 
 
-@contextmanager
-def fast_double_backward(net: nn.Module) -> Iterator[None]:
-    """Inside the block the convolutions of ``net`` are `convolution`; same values, derivatives equal up to rounding.
-
-    Those that pad with anything but zeros, and all under autocast, stay what they are.
-    """
-    with ExitStack() as stack:
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                stack.enter_context(rebound(module, "_conv_forward", _forward(module)))
-        yield
-
-
-def _forward(layer: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def convolution_forward(layer: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The layer's ``_conv_forward`` with `convolution`; the library's under autocast."""
     library = layer._conv_forward
     assert not isinstance(layer.padding, str)
     geometry = Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -92,8 +92,8 @@ def test_a_penalty_alone_leads_to_the_budget_from_above_and_from_below(value: in
         (term,) = found.loss_terms(None).values()  # type: ignore[arg-type]
         for each, gradient in zip(planes, torch.autograd.grad(term, [each.gates for each in planes]), strict=True):
             each.gates.data -= 0.05 * gradient
-        excess.append(float(found.excess()) * 8)
         found.after_step(module)
+        excess.append(float(found.excess()) * 8)
     assert abs(start) > 0.9
     assert budget.cost(found.counts, Allocation.of(module.net)) - value == pytest.approx(excess[-1], abs=1e-5)
     assert abs(excess[-1]) < 0.6
@@ -230,6 +230,17 @@ def test_a_run_leaves_its_allocation_as_a_recipe_of_the_next(tmp_path: Path) -> 
     assert read_allocation(folder.path / ALLOCATION) == found
     retrained = make_module(model=RESNET, quantizer={"table": read_config(folder.path / ALLOCATION)})
     assert Allocation.of(retrained.net) == found
+
+
+def test_the_greatest_gate_of_a_layer_is_never_closed_unless_a_layer_may_vanish() -> None:
+    for keep_one in (True, False):
+        module = searching(keep_one=keep_one)
+        planes = mechanic(module).quantizers["layer1.0.conv1"]
+        planes.gates.data.copy_(torch.tensor([-0.4, -0.1, -0.3, -0.2, -0.5, -0.6, -0.7]))
+        mechanic(module).after_step(module)
+        assert planes.opened().tolist() == [False, keep_one, False, False, False, False, False]
+        assert int(planes.bits) == 2 * keep_one
+        assert float(planes.gates[0].detach()) == pytest.approx(-0.4)
 
 
 def test_all_layers_and_one_that_may_vanish() -> None:

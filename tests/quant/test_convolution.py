@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from research.quant.convolution import convolution, fast_double_backward
+from research.quant.convolution import convolution
+from research.quant.double_backward import fast_double_backward
 from research.quant.fused import Convolution
 
 CASES = [
