@@ -236,7 +236,12 @@ class BMPQ(Mechanic):
             write_allocation(folder / ALLOCATION, Allocation.of(self.module.net), self.module.table)
 
     def finalise(self, net: nn.Module) -> None:
-        """Nothing is left to turn into something else; a network that is not within its budget is refused."""
+        """Nothing is left to turn into something else; a network that is not within its budget is refused.
+
+        Not in a host that was rebuilt from a configuration alone: its numbers come later.
+        """
+        if not bool(self.module.prepared):
+            return
         if int(self.state.assigned_at) < 0:
             raise ValueError(
                 "callbacks.bmpq: these weights are of the warm-up, before any widths were assigned; use "

@@ -325,8 +325,12 @@ class SDQ(Mechanic):
             write_allocation(folder / ALLOCATION, Allocation.of(self.module.net), self.module.table)
 
     def finalise(self, net: nn.Module) -> None:
-        """Put plain quantizers of the decided widths in place; refuse an open search, and widths beyond the budget."""
-        if not bool(self.state.over):
+        """Put plain quantizers of the decided widths in place; refuse an open search, and widths beyond the budget.
+
+        Neither in a host that was rebuilt from a configuration alone: its numbers come later.
+        """
+        prepared = bool(self.module.prepared)
+        if prepared and not bool(self.state.over):
             raise ValueError(
                 "callbacks.sdq: these weights are of the search, before the widths were decided; use "
                 "finalise.weights=last, and a run of two steps or more"
@@ -334,5 +338,5 @@ class SDQ(Mechanic):
         for name, quantizer in list(quantizers(net)):
             if isinstance(quantizer, StochasticWidth):
                 replace_module(net, name, quantizer.higher)
-        if self.budgets:
+        if prepared and self.budgets:
             require_budgets(self.budgets, self.counts, Allocation.of(net))

@@ -122,7 +122,11 @@ def test_the_widest_first_then_within_the_budget_and_ends_stay(quantizer: dict[s
     found, budget = mechanic(module), mechanic(module).budgets[0]
     assert all(budget.met(found.counts, seen) for seen in widths.seen[2:])
     assert int(found.state.assigned_at) == 4 and int(found.state.steps) == 4
-    assert Allocation.of(finalise(module)["final"]) == widths.seen[-1]
+    net = finalise(module)["final"]
+    assert Allocation.of(net) == widths.seen[-1]
+    rebuilt = finalise(searching(quantizer))["final"]  # from the configuration alone, as a finished run is read
+    rebuilt.load_state_dict(net.state_dict())
+    assert Allocation.of(rebuilt) == widths.seen[-1]
 
 
 def test_the_counted_gradients_are_those_of_the_step_before_clipping() -> None:  # check 4, in training

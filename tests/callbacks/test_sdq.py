@@ -121,6 +121,9 @@ def test_at_its_end_the_search_is_within_the_budget(quantizer: dict[str, Any]) -
     assert Allocation.of(net) == watch.widths[-1]
     images = torch.randn(4, 3, 8, 8)
     assert torch.equal(net(images), module.eval().net(images))
+    rebuilt = finalise(searching(quantizer))["final"]  # from the configuration alone, as a finished run is read
+    rebuilt.load_state_dict(net.state_dict())
+    assert Allocation.of(rebuilt) == watch.widths[-1] and torch.equal(rebuilt(images), net(images))
 
 
 def test_the_search_ends_as_soon_as_the_probable_widths_are_within_the_budget() -> None:
