@@ -17,7 +17,10 @@ from torch.autograd import Function
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """``norm`` at ``x`` (N, C, H, W) by the statistics of the batch, differentiable twice; the running ones move on."""
+    """``norm`` at ``x`` (N, C, H, W) by the statistics of the batch, which moves the running ones on.
+
+    Differentiable any number of times; fast twice.
+    """
     moving = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
     y: Tensor = _Norm.apply(x, norm.weight, norm.bias, *moving, norm.momentum, norm.eps)  # type: ignore[no-untyped-call]
     return y
@@ -72,13 +75,16 @@ class _NormBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, a_gamma: Tensor, a_beta: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("this batch-norm has first and second derivatives only")
         g, x, gamma, mean, inverse = ctx.saved_tensors
-        one = torch.ones_like(gamma)
-        projected_g, along_g, _ = _gradients(g, x, one, mean, inverse, ctx.eps)  # i P(g), sum g z
-        projected_a, along_a, _ = _gradients(a, x, one, mean, inverse, ctx.eps)
-        grad_gamma = (a * projected_g).sum([axis for axis in range(x.ndim) if axis != 1])
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        if torch.is_grad_enabled():  # a third derivative may follow: all as operations that are recorded
+            mean, inverse = x.mean(axes), torch.rsqrt(x.var(axes, correction=0) + ctx.eps)
+            (projected_g, along_g), (projected_a, along_a) = (_projection(v, x, mean, inverse, axes) for v in (g, a))
+        else:
+            one = torch.ones_like(gamma)
+            projected_g, along_g, _ = _gradients(g, x, one, mean, inverse, ctx.eps)
+            projected_a, along_a, _ = _gradients(a, x, one, mean, inverse, ctx.eps)
+        grad_gamma = (a * projected_g).sum(axes)
         factor = gamma * inverse * (gamma.numel() / x.numel())
         slope = a_gamma * inverse
         grad_g = torch.addcmul(_wide(a_beta - slope * mean, x), projected_a, _wide(gamma, x))
@@ -97,6 +103,14 @@ def _gradients(
         g, x, gamma, None, None, mean, inverse, True, eps, [True, True, True]
     )
     return found
+
+
+def _projection(v: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """``i P(v)`` and ``sum v z``."""
+    z = (x - _wide(mean, x)) * _wide(inverse, x)
+    along = (v * z).sum(axes)
+    samples = x.numel() // along.numel()
+    return _wide(inverse, x) * (v - v.mean(axes, keepdim=True) - z * _wide(along / samples, x)), along
 
 
 def _wide(values: Tensor, x: Tensor) -> Tensor:
