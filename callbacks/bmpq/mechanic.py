@@ -13,18 +13,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from callbacks.bit_search import BitSearch, SearchState
 from callbacks.bmpq.assignment import ASSIGNS, Assign, bit_values, importance
 from callbacks.bmpq.bit_gradients import NORMS, Norm, bit_norm, step_sensitivity
 from callbacks.bmpq.widths import change_widths, require_uniform, weight_scale
-from research.learning.mechanic import Claim, Mechanic
 from research.quant.allocation import Allocation, LayerBits
-from research.quant.budget import Counts, budgets_from_config, require_budgets
+from research.quant.budget import budgets_from_config
 from research.quant.ilp import allocate
-from research.quant.layers import QuantLayer, quant_layers
+from research.quant.layers import QuantLayer
 from research.quant.quantizers.base import MAX_BITS
 from research.quant.recipe import FLOAT_BITS
-from research.runs.allocation import ALLOCATION, write_allocation
-from research.runs.logger import written_folders
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -33,27 +31,24 @@ log = logging.getLogger(__name__)
 LEAST_BITS = 2
 
 
-class Interval(nn.Module):
+class Interval(SearchState):
     """What a search holds between two assignments: all of it is saved with the run.
 
     Attributes:
         sums: summed `step_sensitivity` of each layer since the last assignment.
         steps: how many are in a sum.
         assigned_at: optimizer step in front of which the last assignment was made; -1: none yet.
-        input_shape: (C, H, W) of one sample.
     """
 
     sums: Tensor
     steps: Tensor
     assigned_at: Tensor
-    input_shape: Tensor
 
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.register_buffer("sums", torch.zeros(layers))
         self.register_buffer("steps", torch.tensor(0))
         self.register_buffer("assigned_at", torch.tensor(-1))
-        self.register_buffer("input_shape", torch.zeros(3, dtype=torch.int64))
 
     def add(self, values: Tensor) -> None:
         """Count a step with these values, (layers,)."""
@@ -72,7 +67,7 @@ class Interval(nn.Module):
         self.assigned_at.fill_(step)
 
 
-class BMPQ(Mechanic):
+class BMPQ(BitSearch):
     """Re-assigns bits at fixed times of the run: layers whose bits have large gradients keep more of them.
 
     Until the first assignment all layers have their widest candidate, whatever the budget. Then, at the end of every
@@ -92,7 +87,7 @@ class BMPQ(Mechanic):
     """
 
     slug = "bmpq"
-    claims: frozenset[Claim] = frozenset({"bits"})
+    state: Interval
 
     def __init__(
         self,
@@ -130,35 +125,14 @@ class BMPQ(Mechanic):
         self.warmup = warmup
         self.interval = interval
         self.until = until
-        self._counts: Counts | None = None
 
     def attach(self, module: QuantModule) -> None:
         """Find the layers and give them their widest candidate."""
-        structure = module.net.structure()
-        ends = () if self.search_ends else (structure.first, structure.last)
-        self.layers: dict[str, QuantLayer] = {
-            name: layer
-            for name, layer in quant_layers(module.net)
-            if layer.weight_quantizer is not None and name not in ends
-        }
-        if not self.layers:
-            raise ValueError(
-                "callbacks.bmpq: no quantized weight whose width could be chosen; use e.g. quantizer=lsq, or "
-                "callbacks.bmpq.search_ends=true where there are but a first and a last layer"
-            )
+        self.layers = self.searched_layers(module.net)
         for name, layer in self.layers.items():
             require_uniform(name, layer)
-        try:
-            present = Allocation.of(module.net)
-            self.choices = {
-                name: self._candidates(present[name]) if name in self.layers else [present[name]] for name in present
-            }
-            for end in (0, -1):  # the widest last
-                allocation = Allocation({name: options[end] for name, options in self.choices.items()})
-                allocation.widths(module.net)
-            allocation.apply(module.net)
-        except ValueError as error:
-            raise ValueError(f"callbacks.bmpq: {error}") from None
+        self.choices = self.choices_of(module.net, self._candidates)
+        self.start_at_widest(module.net)
         self.state = Interval(len(self.layers))
         module.mechanics[self.slug] = self.state
 
@@ -167,22 +141,6 @@ class BMPQ(Mechanic):
         if present.input == FLOAT_BITS:
             return [LayerBits(bits, FLOAT_BITS) for bits in self.bits]
         return [LayerBits(bits, bits if self.input_bits == "same" else self.input_bits) for bits in self.bits]
-
-    def prepare(self, module: QuantModule, loader: Any) -> None:
-        """Note the size of an image, on which costs depend, and refuse a budget that no choice meets."""
-        images, _ = next(iter(loader))
-        self.state.input_shape.copy_(torch.tensor(images.shape[1:]))
-        for budget in self.budgets:
-            budget.require(self.counts, self.choices)
-
-    @property
-    def counts(self) -> Counts:
-        """What the cost of an allocation follows from."""
-        if self._counts is None:
-            structure = self.module.net.structure()
-            shape = self.state.input_shape.tolist()
-            self._counts = Counts.of(self.module.plain_copy(), shape, structure.first, structure.last)
-        return self._counts
 
     def is_due(self, step: int, total: int) -> bool:
         """Whether an assignment stands in front of optimizer step ``step``, counted from 0, of ``total``."""
@@ -219,8 +177,7 @@ class BMPQ(Mechanic):
         found = allocate(objective, self.counts, self.budgets, current=Allocation.of(net))
         changed = change_widths(net, found)
         self.state.restart(step)
-        costs = ", ".join(f"{budget.cost(self.counts, found):.6g} of {budget.value:.6g}" for budget in self.budgets)
-        log.info("bmpq: %d of %d layers changed their widths; cost %s", changed, len(self.layers), costs)
+        log.info("bmpq: %d of %d layers changed their widths; cost %s", changed, len(self.layers), self.costs(found))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the widths and the bit gradients of the interval so far, in both norms."""
@@ -230,24 +187,19 @@ class BMPQ(Mechanic):
             values |= {f"{self.slug}/enbg_{norm}/{name}": value for name, value in found}
         pl_module.log_dict(values)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write ``allocation.yaml`` into the run folder, where there is one."""
-        for folder in written_folders(trainer):
-            write_allocation(folder / ALLOCATION, Allocation.of(self.module.net), self.module.table)
-
     def finalise(self, net: nn.Module) -> None:
         """Nothing is left to turn into something else; a network that is not within its budget is refused.
 
         Not in a host that was rebuilt from a configuration alone: its numbers come later.
         """
-        if not bool(self.module.prepared):
+        if not self.is_prepared:
             return
         if int(self.state.assigned_at) < 0:
             raise ValueError(
                 "callbacks.bmpq: these weights are of the warm-up, before any widths were assigned; use "
                 "finalise.weights=last, and a run of two steps or more"
             )
-        require_budgets(self.budgets, self.counts, Allocation.of(net))
+        self.require_within(net)
 
 
 def sensitivity(layer: QuantLayer) -> Tensor:

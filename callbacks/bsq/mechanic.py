@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from callbacks.bit_search import forget_momenta
 from callbacks.bsq.quantizer import BitStacks
 from callbacks.bsq.stacks import group_lasso
 from callbacks.csq.search import PlaneSearch, planes_of
@@ -87,10 +88,8 @@ class BSQ(PlaneSearch):
             for quantizer in self.quantizers.values():
                 quantizer.requantize()
         self.state.mark.fill_(step)
-        for optimizer in trainer.optimizers:
-            for each in getattr(optimizer, "optimizers", [optimizer]):
-                each.state.clear()
-        log.info("bsq: re-quantized; cost %s", self.costs())
+        forget_momenta(trainer.optimizers, self.module.parameters())
+        log.info("bsq: re-quantized; cost %s", self.costs(Allocation.of(self.module.net)))
 
     def settle(self, planes: Mapping[str, BitStacks]) -> None:
         """Re-quantize, then give up the last planes of layers until the budget is met, those that cost least first.

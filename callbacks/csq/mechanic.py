@@ -121,7 +121,7 @@ class CSQ(PlaneSearch):
             for name, opened in self.masks(self.module.net).items():
                 self.quantizers[name].fix(torch.tensor(opened))
             self.state.fixed.fill_(True)
-            log.info("csq: gates fixed; cost %s", self.costs())
+            log.info("csq: gates fixed; cost %s", self.costs(Allocation.of(self.module.net)))
 
     def excess(self) -> Tensor:
         """``R - R_t`` at the gates that are open now, 0-dim."""

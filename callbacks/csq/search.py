@@ -1,4 +1,4 @@
-"""What searches over bit planes share (CSQ, BSQ): planes in the place of LSQ weights, budgets, and the exact end."""
+"""What searches over bit planes share (CSQ, BSQ): planes in the place of LSQ weights, and the exact end."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from callbacks.bit_search import BitSearch, SearchState
 from callbacks.csq.planes import width_of
-from research.learning.mechanic import Claim, Mechanic, ParameterGroup
+from research.learning.mechanic import Claim, ParameterGroup
 from research.quant.allocation import Allocation, LayerBits
-from research.quant.budget import Choices, Counts, budgets_from_config, require_budgets
+from research.quant.budget import Choices, budgets_from_config
 from research.quant.conv_bn import QuantConvBn2d
 from research.quant.layers import QuantLayer, quant_layers
 from research.quant.quantizers.base import MAX_BITS, Quantizer
 from research.quant.quantizers.lsq import EPS, LSQ
-from research.runs.allocation import ALLOCATION, write_allocation
-from research.runs.logger import written_folders
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -105,27 +103,24 @@ def make_exact(layer: QuantLayer, codes: Tensor, scale: Tensor, bits: int) -> No
     layer.weight.requires_grad_(True)
 
 
-class Search(nn.Module):
+class Search(SearchState):
     """Where a search stands: saved with the run.
 
     Attributes:
         fixed: whether the widths are.
         mark: the last thing that was done once: CSQ's rounds that are over, BSQ's step of the last re-quantization.
-        input_shape: (C, H, W) of one sample; 0 in a host that no run has prepared.
     """
 
     fixed: Tensor
     mark: Tensor
-    input_shape: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("fixed", torch.tensor(False))
         self.register_buffer("mark", torch.tensor(0))
-        self.register_buffer("input_shape", torch.zeros(3, dtype=torch.int64))
 
 
-class PlaneSearch(Mechanic):
+class PlaneSearch(BitSearch):
     """Base of the mechanics that choose widths by bit planes.
 
     Args:
@@ -140,6 +135,7 @@ class PlaneSearch(Mechanic):
     """
 
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
+    state: Search
 
     def __init__(
         self,
@@ -169,7 +165,6 @@ class PlaneSearch(Mechanic):
         self.lr_factor = lr_factor
         self.weight_decay = weight_decay
         self.adam_lr = adam_lr
-        self._counts: Counts | None = None
 
     # -- construction ------------------------------------------------------------------------------------------
 
@@ -183,18 +178,7 @@ class PlaneSearch(Mechanic):
         for other in module.active:
             if other.slug in OF_LATENT_WEIGHTS:
                 raise ValueError(f"{key}: callbacks.{other.slug} acts on latent weights, planes have none; drop one")
-        structure = module.net.structure()
-        ends = () if self.search_ends else (structure.first, structure.last)
-        self.layers: dict[str, QuantLayer] = {
-            name: layer
-            for name, layer in quant_layers(module.net)
-            if layer.weight_quantizer is not None and name not in ends
-        }
-        if not self.layers:
-            raise ValueError(
-                f"{key}: no quantized weight whose width could be chosen; use e.g. quantizer=lsq, or "
-                f"{key}.search_ends=true where there are but a first and a last layer"
-            )
+        self.layers = self.searched_layers(module.net)
         for name, layer in self.layers.items():
             source = layer.weight_quantizer
             if type(source) is not LSQ or isinstance(layer, QuantConvBn2d) or source.spec.signed is False:
@@ -204,24 +188,18 @@ class PlaneSearch(Mechanic):
                 )
             layer.weight_quantizer = self.make(source)
             layer.weight.requires_grad_(False)
-        self.choices: Choices = {
-            name: [LayerBits(width_of(span), bits.input) for span in range(self.planes + 1)]
-            if name in self.layers
-            else [bits]
-            for name, bits in Allocation.of(module.net).items()
-        }
+        self.choices = self.choices_of(
+            module.net, lambda present: [LayerBits(width_of(span), present.input) for span in range(self.planes + 1)]
+        )
         self.state = Search()
         module.mechanics[self.slug] = self.state
 
-    def prepare(self, module: QuantModule, loader: Any) -> None:
-        """Note the size of an image, on which costs depend, and refuse a budget that no choice meets."""
-        images, _ = next(iter(loader))
-        self.state.input_shape.copy_(torch.tensor(images.shape[1:]))
-        reachable = {
+    @property
+    def reachable(self) -> Choices:
+        """Searched layers keep their least planes."""
+        return {
             name: options[self.least :] if name in self.layers else options for name, options in self.choices.items()
         }
-        for budget in self.budgets:
-            budget.require(self.counts, reachable)
 
     def parameter_groups(self, module: QuantModule) -> list[ParameterGroup]:
         """The planes; all else that their quantizers train."""
@@ -244,20 +222,6 @@ class PlaneSearch(Mechanic):
         """The bit planes by the name of their layer."""
         return {name: planes_of(layer) for name, layer in self.layers.items()}
 
-    @property
-    def counts(self) -> Counts:
-        """What the cost of an allocation follows from."""
-        if self._counts is None:
-            structure = self.module.net.structure()
-            shape = self.state.input_shape.tolist()
-            self._counts = Counts.of(self.module.plain_copy().cpu(), shape, structure.first, structure.last)
-        return self._counts
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether the costs are known; they are not in a host that was rebuilt from a configuration alone."""
-        return bool(self.state.input_shape.any())
-
     def fits(self, widths: Mapping[str, int]) -> bool:
         """Whether these widths, by layer, are within the budgets; true where costs are not known."""
         allocation = Allocation(
@@ -266,12 +230,7 @@ class PlaneSearch(Mechanic):
                 for name, options in self.choices.items()
             }
         )
-        return not self.is_prepared or all(budget.met(self.counts, allocation) for budget in self.budgets)
-
-    def costs(self) -> str:
-        """What the network costs at its present widths, in words."""
-        found = Allocation.of(self.module.net)
-        return ", ".join(f"{each.cost(self.counts, found):.6g} of {each.value:.6g}" for each in self.budgets)
+        return not self.is_prepared or self.within(allocation)
 
     def fixing_step(self, total: int) -> int:
         """The optimizer step, of ``total``, in front of which the widths are fixed: the last one at the latest."""
@@ -293,11 +252,10 @@ class PlaneSearch(Mechanic):
             assert isinstance(layer, QuantLayer)
             make_exact(layer, codes, scale, bits)
         if self.is_prepared:
-            require_budgets(self.budgets, self.counts, Allocation.of(net))
+            self.require_within(net)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write ``allocation.yaml`` into the run folder, where there is one."""
-        for folder in written_folders(trainer):
-            net = self.module.plain_copy()
-            self.finalise(net)
-            write_allocation(folder / ALLOCATION, Allocation.of(net), self.module.table)
+    def found(self) -> Allocation:
+        """The widths of the exact network."""
+        net = self.module.plain_copy()
+        self.finalise(net)
+        return Allocation.of(net)

@@ -13,21 +13,20 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from callbacks.bit_search import BitSearch, SearchState, forget_momenta
 from callbacks.sdq.formulas import CHOICES, WEIGHTINGS, Choice, Weighting, improbabilities, logistic_noise
 from callbacks.sdq.pressure import qer, size_hinge
 from callbacks.sdq.quantizer import StochasticWidth
 from research.learning.evaluation import Evaluation
-from research.learning.mechanic import Claim, Mechanic, ParameterGroup
+from research.learning.mechanic import Claim, ParameterGroup
 from research.quant.allocation import Allocation, LayerBits
-from research.quant.budget import Counts, budgets_from_config, require_budgets
+from research.quant.budget import budgets_from_config
 from research.quant.ilp import allocate
-from research.quant.layers import QuantLayer, quant_layers, quantizers, replace_module
+from research.quant.layers import quantizers, replace_module
 from research.quant.quantizers.base import MAX_BITS
 from research.quant.quantizers.dorefa import DoReFa
 from research.quant.quantizers.lsq import LSQ
 from research.quant.quantizers.minmax import MinMax
-from research.runs.allocation import ALLOCATION, write_allocation
-from research.runs.logger import written_folders
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -38,24 +37,21 @@ OptimizerName = Literal["adam", "sgd"]
 OPTIMIZERS: dict[OptimizerName, str] = {"adam": "torch.optim.Adam", "sgd": "torch.optim.SGD"}
 
 
-class Search(nn.Module):
+class Search(SearchState):
     """What the mechanic keeps in checkpoints next to its quantizers.
 
     Attributes:
         over: whether the widths are decided.
-        input_shape: (C, H, W) of one sample.
     """
 
     over: Tensor
-    input_shape: Tensor
 
     def __init__(self, over: bool) -> None:
         super().__init__()
         self.register_buffer("over", torch.tensor(over))
-        self.register_buffer("input_shape", torch.zeros(3, dtype=torch.int64))
 
 
-class SDQ(Mechanic):
+class SDQ(BitSearch):
     """Every layer draws one of two neighbouring widths in every step; the probability of the higher one is trained.
 
     All layers start at the widest candidate. A layer whose probability falls below ``threshold`` goes down by one
@@ -80,6 +76,7 @@ class SDQ(Mechanic):
 
     slug = "sdq"
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
+    state: Search
 
     def __init__(
         self,
@@ -130,7 +127,6 @@ class SDQ(Mechanic):
         self.optimizer: OptimizerName = optimizer
         self.lr = lr
         self.until = until
-        self._counts: Counts | None = None
         self._checked: Allocation | None = None
         self._pressure: Tensor | None = None
 
@@ -138,34 +134,16 @@ class SDQ(Mechanic):
 
     def attach(self, module: QuantModule) -> None:
         """Find the layers, give them their widest candidate and, with several, a quantizer that draws."""
-        net, structure = module.net, module.net.structure()
-        ends = () if self.search_ends else (structure.first, structure.last)
-        self.layers: dict[str, QuantLayer] = {
-            name: layer for name, layer in quant_layers(net) if layer.weight_quantizer is not None and name not in ends
-        }
-        if not self.layers:
-            raise ValueError(
-                "callbacks.sdq: no quantized weight whose width could be chosen; use e.g. quantizer=lsq, or "
-                "callbacks.sdq.search_ends=true where there are but a first and a last layer"
-            )
+        net = module.net
+        self.layers = self.searched_layers(net)
         for name, layer in self.layers.items():
             if not isinstance(layer.weight_quantizer, SEARCHED):
                 raise ValueError(
                     f"callbacks.sdq: {name} has the weight quantizer {type(layer.weight_quantizer).__name__}; use "
                     "lsq, minmax, dorefa or callbacks.sdq.ConstantMaxDoReFa, and quantizer.widths=[]"
                 )
-        try:
-            present = Allocation.of(net)
-            self.choices = {
-                name: [LayerBits(b, bits.input) for b in self.bits] if name in self.layers else [bits]
-                for name, bits in present.items()
-            }
-            for end in (0, -1):  # the widest last
-                allocation = Allocation({name: options[end] for name, options in self.choices.items()})
-                allocation.widths(net)
-            allocation.apply(net)
-        except ValueError as error:
-            raise ValueError(f"callbacks.sdq: {error}") from None
+        self.choices = self.choices_of(net, lambda present: [LayerBits(b, present.input) for b in self.bits])
+        self.start_at_widest(net)
         self.coins: dict[str, StochasticWidth] = {}
         if len(self.bits) > 1:
             for name, layer in self.layers.items():
@@ -184,21 +162,9 @@ class SDQ(Mechanic):
         return [ParameterGroup(betas, options, {"_target_": OPTIMIZERS[self.optimizer]})] if betas else []
 
     def prepare(self, module: QuantModule, loader: Any) -> None:
-        """Note the size of an image, on which costs depend; refuse a budget that no choice meets."""
-        images, _ = next(iter(loader))
-        self.state.input_shape.copy_(torch.tensor(images.shape[1:]))
-        for budget in self.budgets:
-            budget.require(self.counts, self.choices)
+        """Note the size of an image; a search that is within its budget at once is over."""
+        super().prepare(module, loader)
         self._end_if_settled()
-
-    @property
-    def counts(self) -> Counts:
-        """What the cost of an allocation follows from."""
-        if self._counts is None:
-            structure = self.module.net.structure()
-            shape = self.state.input_shape.tolist()
-            self._counts = Counts.of(self.module.plain_copy(), shape, structure.first, structure.last)
-        return self._counts
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -267,10 +233,7 @@ class SDQ(Mechanic):
 
     def _forget(self, coin: StochasticWidth) -> None:
         """Its parameters are new ones: the optimizer's state belonged to the old."""
-        for optimizer in self.module.trainer.optimizers:
-            for each in getattr(optimizer, "optimizers", [optimizer]):
-                for parameter in coin.parameters():
-                    each.state.pop(parameter, None)
+        forget_momenta(self.module.trainer.optimizers, coin.parameters())
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -283,7 +246,7 @@ class SDQ(Mechanic):
             return
         present = Allocation.of(self.module.net)
         changed, self._checked = present != self._checked, present
-        within = changed and all(budget.met(self.counts, present) for budget in self.budgets)
+        within = changed and self.within(present)
         if (self.budgets and within) or not any(bool(coin.undecided) for coin in self.coins.values()):
             self.end()
 
@@ -294,9 +257,8 @@ class SDQ(Mechanic):
             coin.decide(found[name].weight, self.layers[name].float_weight())
             self._forget(coin)
         self.state.over.fill_(True)
-        costs = [f"{budget.cost(self.counts, found):.6g} of {budget.value:.6g}" for budget in self.budgets]
         widths = ", ".join(str(found[name].weight) for name in self.coins)
-        log.info("sdq: the search is over; bits %s; cost %s", widths, ", ".join(costs) or "without a budget")
+        log.info("sdq: the search is over; bits %s; cost %s", widths, self.costs(found))
 
     def most_probable(self) -> Allocation:
         """The allocation that the probabilities favour, within the budgets."""
@@ -319,18 +281,12 @@ class SDQ(Mechanic):
             values[f"{self.slug}/beta_mean"] = sum(betas.values()) / len(betas)
         pl_module.log_dict(values)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write ``allocation.yaml`` into the run folder, where there is one."""
-        for folder in written_folders(trainer):
-            write_allocation(folder / ALLOCATION, Allocation.of(self.module.net), self.module.table)
-
     def finalise(self, net: nn.Module) -> None:
         """Put plain quantizers of the decided widths in place; refuse an open search, and widths beyond the budget.
 
         Neither in a host that was rebuilt from a configuration alone: its numbers come later.
         """
-        prepared = bool(self.module.prepared)
-        if prepared and not bool(self.state.over):
+        if self.is_prepared and not bool(self.state.over):
             raise ValueError(
                 "callbacks.sdq: these weights are of the search, before the widths were decided; use "
                 "finalise.weights=last, and a run of two steps or more"
@@ -338,5 +294,5 @@ class SDQ(Mechanic):
         for name, quantizer in list(quantizers(net)):
             if isinstance(quantizer, StochasticWidth):
                 replace_module(net, name, quantizer.higher)
-        if prepared and self.budgets:
-            require_budgets(self.budgets, self.counts, Allocation.of(net))
+        if self.is_prepared:
+            self.require_within(net)

@@ -25,11 +25,10 @@ from research.runs.allocation import ALLOCATION, read_allocation
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger
 from research.runs.records import read_config
+from tests.callbacks.searches import ENDS, THREE, on_residual, only_mechanic
 from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_data, make_module, state, tiny_net
 
 SLUG = "bmpq"
-THREE: dict[str, Any] = {"kind": "average_bits", "value": 3, "convention": {"first_last": "excluded"}}
-ENDS = {"rules": [{"match": end, "weight": {"bits": 8}, "input": {"bits": 8}} for end in ("@first", "@last")]}
 OWN: dict[str, Any] = {
     "weight": {"name": "callbacks.bmpq.MaxScale", "bits": 4},
     "input": {"name": "pact", "bits": 4, "signed": "auto"},
@@ -43,13 +42,11 @@ def bmpq(**options: Any) -> dict[str, Any]:
 
 def searching(quantizer: dict[str, Any] | None = None, **options: Any) -> QuantModule:
     """A small residual network with ends of 8 bits, BMPQ on it."""
-    return make_module(bmpq(**options), model=RESNET, quantizer=quantizer or {**LSQ, **ENDS})
+    return on_residual(bmpq(**options), quantizer)
 
 
 def mechanic(module: QuantModule) -> BMPQ:
-    (found,) = module.active
-    assert isinstance(found, BMPQ)
-    return found
+    return only_mechanic(module, BMPQ)
 
 
 class Widths(pl.Callback):

@@ -20,12 +20,11 @@ from research.quant.allocation import Allocation
 from research.quant.layers import quant_layers
 from research.quant.quantizers import QuantizerSpec
 from research.quant.quantizers.lsq import LSQ as LSQQuantizer
-from tests.learning.tiny import LSQ, RESNET, StopAt, fit, make_module, state
+from tests.callbacks.searches import THREE, on_residual, only_mechanic
+from tests.learning.tiny import StopAt, fit, state
 
 SLUG = "bsq"
 DOUBLE = torch.float64
-THREE: dict[str, Any] = {"kind": "average_bits", "value": 3, "convention": {"first_last": "excluded"}}
-ENDS = {"rules": [{"match": end, "weight": {"bits": 8}, "input": {"bits": 8}} for end in ("@first", "@last")]}
 
 
 @pytest.fixture
@@ -162,13 +161,11 @@ def bsq(**options: Any) -> dict[str, Any]:
 
 def searching(**options: Any) -> QuantModule:
     """A small residual network with ends of 8 bits, BSQ on it."""
-    return make_module(bsq(**options), model=RESNET, quantizer={**LSQ, **ENDS})
+    return on_residual(bsq(**options))
 
 
 def mechanic(module: QuantModule) -> BSQ:
-    (found,) = module.active
-    assert isinstance(found, BSQ)
-    return found
+    return only_mechanic(module, BSQ)
 
 
 class Widths(pl.Callback):

@@ -16,12 +16,13 @@ from research.quant.layers import quant_layers
 from research.runs.allocation import read_allocation
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger
+from tests.callbacks.searches import THREE
 from tests.callbacks.test_constrained import constrained, recipe
 from tests.learning.tiny import LSQ, RESNET, SIDE, fit, make_module
 
 PRESENT = Allocation({"conv1": (8, 8), "a": (2, 2), "b": (2, 2), "c": (2, 32), "fc": (2, 2)})
 DUALS = {"conv1": 9.0, "a": 0.1, "b": 0.3, "c": 0.2}
-INNER = {"kind": "average_bits", "value": 3, "convention": {"first_last": "excluded"}}
+
 WIDE_ENDS = [{"match": "@first", "weight": {"bits": 8}}, {"match": "@last", "weight": {"bits": 8}}]
 
 
@@ -71,7 +72,7 @@ def test_a_budget_leaves_out_the_least_multipliers_that_it_can() -> None:
 @pytest.mark.parametrize("quantizer", [recipe(), {slot: {**LSQ[slot], "bits": 2} for slot in LSQ}], ids=["own", "lsq"])
 def test_a_search_ends_within_its_budget_and_leaves_its_allocation(quantizer: Any, tmp_path: Path) -> None:
     quantizer = {**quantizer, "rules": WIDE_ENDS}
-    module = make_module(constrained(eps_layer=0.0, budget=INNER, high_bits=4, select_at=0.5), model=RESNET,
+    module = make_module(constrained(eps_layer=0.0, budget=THREE, high_bits=4, select_at=0.5), model=RESNET,
                          quantizer=quantizer)  # fmt: skip
     folder = RunFolder.of(tmp_path, "search", {})
     folder.path.mkdir(parents=True)
@@ -105,7 +106,7 @@ def test_the_number_of_kept_layers_is_taken_by_the_ranking() -> None:
     [
         ({"keep": 99}, "callbacks.constrained.keep=99: use 1 to"),
         ({"keep": 1, "high_bits": 2}, "callbacks.constrained.high_bits=2: no constrained layer has fewer bits"),
-        ({"budget": {**INNER, "value": 1.5}}, "callbacks.constrained.budget.value=1.5: feasible are 2 to"),
+        ({"budget": {**THREE, "value": 1.5}}, "callbacks.constrained.budget.value=1.5: feasible are 2 to"),
     ],
 )
 def test_a_selection_that_cannot_be_made_is_refused(options: dict[str, Any], message: str) -> None:
@@ -115,7 +116,7 @@ def test_a_selection_that_cannot_be_made_is_refused(options: dict[str, Any], mes
 
 
 def test_widths_beyond_the_budget_are_refused_at_the_end() -> None:
-    module = make_module(constrained(budget=INNER, high_bits=4), model=RESNET, quantizer=recipe())
+    module = make_module(constrained(budget=THREE, high_bits=4), model=RESNET, quantizer=recipe())
     fit(module, max_epochs=1, limit_train_batches=2)
     present = Allocation.of(module.net)
     Allocation({name: (4, 4) for name in present}).apply(module.net)

@@ -20,11 +20,10 @@ from research.runs.allocation import ALLOCATION, read_allocation
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger
 from research.runs.records import read_config
+from tests.callbacks.searches import ENDS, THREE, on_residual, only_mechanic
 from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_data, make_module, state, tiny_net
 
 SLUG = "csq"
-THREE: dict[str, Any] = {"kind": "average_bits", "value": 3, "convention": {"first_last": "excluded"}}
-ENDS = {"rules": [{"match": end, "weight": {"bits": 8}, "input": {"bits": 8}} for end in ("@first", "@last")]}
 
 
 def csq(**options: Any) -> dict[str, Any]:
@@ -33,13 +32,11 @@ def csq(**options: Any) -> dict[str, Any]:
 
 def searching(quantizer: dict[str, Any] | None = None, **options: Any) -> QuantModule:
     """A small residual network with ends of 8 bits, CSQ on it."""
-    return make_module(csq(**options), model=RESNET, quantizer=quantizer or {**LSQ, **ENDS})
+    return on_residual(csq(**options), quantizer)
 
 
 def mechanic(module: QuantModule) -> CSQ:
-    (found,) = module.active
-    assert isinstance(found, CSQ)
-    return found
+    return only_mechanic(module, CSQ)
 
 
 class Watch(pl.Callback):

@@ -22,11 +22,10 @@ from research.runs.allocation import ALLOCATION, read_allocation
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger
 from research.runs.records import read_config
+from tests.callbacks.searches import ENDS, THREE, on_residual, only_mechanic
 from tests.learning.tiny import LSQ, RESNET, StopAt, fit, make_data, make_module, state, tiny_net
 
 SLUG = "sdq"
-THREE: dict[str, Any] = {"kind": "average_bits", "value": 3, "convention": {"first_last": "excluded"}}
-ENDS = {"rules": [{"match": end, "weight": {"bits": 8}, "input": {"bits": 8}} for end in ("@first", "@last")]}
 OWN: dict[str, Any] = {**LSQ, "weight": {"name": "callbacks.sdq.ConstantMaxDoReFa", "bits": 4}, **ENDS}
 
 
@@ -36,13 +35,11 @@ def sdq(**options: Any) -> dict[str, Any]:
 
 def searching(quantizer: dict[str, Any] | None = None, **options: Any) -> QuantModule:
     """A small residual network with ends of 8 bits, SDQ on it."""
-    return make_module(sdq(**options), model=RESNET, quantizer=quantizer or {**LSQ, **ENDS})
+    return on_residual(sdq(**options), quantizer)
 
 
 def mechanic(module: QuantModule) -> SDQ:
-    (found,) = module.active
-    assert isinstance(found, SDQ)
-    return found
+    return only_mechanic(module, SDQ)
 
 
 class Watch(pl.Callback):
