@@ -13,7 +13,7 @@ import torch
 
 from research.learning.mechanic import Mechanic
 from research.models.structure import FloatModel
-from research.quant.fused import compiler_options
+from research.quant.compiler import compiler_options
 from research.quant.passes import use_kernels
 
 Execution = Literal["none", "quantizers", "network"]
@@ -54,7 +54,8 @@ def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechan
     """
     if execution == "network":
         use_kernels(net, "traced")
-        net.compile(options={**compiler_options(), "fallback_random": True})  # noise as in eager mode; faster on CPUs
+        options = compiler_options(torch.get_num_threads())
+        net.compile(options={**options, "fallback_random": True})  # noise as in eager mode; faster on CPUs
         return "execution: the whole network compiled"
     use_kernels(net, "compiled" if execution == "quantizers" else "eager")
     line = f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"

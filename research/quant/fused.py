@@ -16,6 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from research.quant.compiler import compiler_options
+
 Kernels = Literal["eager", "compiled", "traced", "affine"]
 """``traced``: for a network that is compiled as a whole, which fuses it into the layers around it; ``affine``: for
 derivatives of any order."""
@@ -115,15 +117,6 @@ def _beside(value: float, dtype: torch.dtype, direction: float) -> float:
     return float(neighbour)
 
 
-def compiler_options() -> dict[str, Any]:
-    """Options of torch.compile for the threads of now.
-
-    Inductor's cache does not ask for how many threads a kernel was made; as an option their number is part of its keys.
-    Without it a job with two cores runs the kernels that a job with one has left.
-    """
-    return {"cpp.threads": torch.get_num_threads()}
-
-
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` as one graph for tensors of every length."""
     return _compiled_for(function, torch.get_num_threads())
@@ -131,7 +124,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _compiled_for(function: Callable[..., Any], threads: int) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True, options=compiler_options())
+    return torch.compile(function, dynamic=True, fullgraph=True, options=compiler_options(threads))
 
 
 def _forward(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
