@@ -44,10 +44,14 @@ def method(row: Row) -> str:
 
 
 def bits(row: Row) -> str:
-    """Weight and input bits, such as ``4/4``."""
+    """Weight and input bits, such as ``4/4``; ``searched`` where a mechanic with a budget chose them."""
     quantizer = row["config"].get("quantizer") or {}
+    if quantizer.get("table"):
+        return "table"
+    if any(callback.get("budget") for callback in (row["config"].get("callbacks") or {}).values()):
+        return "searched"
     weight, inputs = quantizer.get("weight") or {}, quantizer.get("input") or {}
-    return "table" if quantizer.get("table") else f"{weight.get('bits', 32)}/{inputs.get('bits', 32)}"
+    return f"{weight.get('bits', 32)}/{inputs.get('bits', 32)}"
 
 
 def _experiment(row: Row) -> str:

@@ -1,7 +1,7 @@
 """Keep the records of finished runs: ``python -m analysis.keep runs=GLOB [output=docs/results/records]``.
 
-Copies what is small and says everything (configuration, environment, metrics, summary, table, and the record of a
-post-training quantization where there is one), no weights.
+Copies what is small and says everything (configuration, environment, metrics, summary, table, and, where there are
+such, the widths that a search found and the record of a post-training quantization), no weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from analysis.cli import REQUIRED, script
 from analysis.collect import collect
+from research.runs.allocation import ALLOCATION
 from research.runs.files import atomic_write_bytes
 from research.runs.folder import RunFolder
 from research.runs.ptq import ptq_path
@@ -29,8 +30,7 @@ def keep(folder: RunFolder, output: Path) -> Path:
         folder.table_path,
         folder.summary_path,
     ]
-    if ptq_path(folder).is_file():
-        paths.append(ptq_path(folder))
+    paths += [path for path in (folder.path / ALLOCATION, ptq_path(folder)) if path.is_file()]
     paths += sorted(folder.measurements.glob("*.json"))
     for path in paths:
         atomic_write_bytes(place / path.relative_to(folder.path), path.read_bytes())

@@ -24,6 +24,7 @@ from analysis.columns import split_names
 from analysis.formats import markdown
 from analysis.measured_tables import measured_table
 from analysis.significance import welch
+from research.runs.allocation import ALLOCATION
 from research.runs.folder import RunFolder
 from research.runs.ptq import write_ptq
 from research.runs.records import MetricsRecord, write_config, write_json, write_summary
@@ -89,6 +90,15 @@ def test_keep_copies_the_record_and_no_weights(tmp_path: Path) -> None:
         "config.yaml", "overrides.yaml", "environment.json", "metrics.csv", "table.yaml", "summary.json"
     }  # fmt: skip
     assert collect(str(kept))[0]["accuracy"] == 0.8
+    (folder.path / ALLOCATION).write_text("conv1: null\n")
+    keep.main(f"{tmp_path}/runs/*/*", str(tmp_path / "records"))
+    assert {path.name for path in kept.iterdir()} == names | {ALLOCATION}
+
+
+def test_widths_that_a_search_chose_are_not_those_of_the_recipe(tmp_path: Path) -> None:
+    write_run(tmp_path, 0.8, callbacks={"sam": {"rho": 0.1}})
+    write_run(tmp_path, 0.8, callbacks={"bmpq": {"budget": {"kind": "average_bits", "value": 3}}})
+    assert sorted(shown(tmp_path, standard=["bits"])) == [["4/4"], ["searched"]]
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path) -> None:
