@@ -39,7 +39,8 @@ NAMES = {
     "hero": "HERO", "kurtosis": "KURE", "saq": "SAQ", "noise_tempering": "noise tempering", "dir_net": "DIR-Net",
     "distillation": "distillation", "bin_regularization": "bin regularization",
     "oscillation_dampening": "dampening", "oscillation_freezing": "freezing", "bmpq": "BMPQ", "csq": "CSQ",
-    "sdq": "SDQ", "bsq": "BSQ", "constrained": "constrained",
+    "sdq": "SDQ", "bsq": "BSQ", "constrained": "constrained", "edge_mpq": "Edge-MPQ", "ssps": "SSPS", "samq": "SAMQ",
+    "drop_bits": "DropBits", "srq": "SRQ", "rq": "RQ",
 }  # fmt: skip
 
 COLOURS = ("#000000", "#c04a1b", "#1f6fb4", "#3f9a5b", "#8d5fb0", "#c98f00", "#7a7a7a")

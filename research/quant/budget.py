@@ -136,10 +136,17 @@ class Budget:
 
     def cost(self, counts: Counts, allocation: Allocation) -> float:
         """The cost of a network at an allocation, in the budget's unit."""
-        layers = self._counted(counts, allocation)
+        return float(self.cost_of(counts, counts.at(allocation)))
+
+    def cost_of(self, counts: Counts, layers: Sequence[LayerCost]) -> Tensor:
+        """The cost of ``layers`` at their own widths, which may have gradients; 0-dim.
+
+        Weights whose width differs by channel, bits of shape (n,), cost their number times the mean.
+        """
+        counted = self.counted(counts, layers)
         if self.kind == "average_bits":
-            return float(average_weight_bits(layers))
-        return float(self._total(layers)) + self._constant(counts)
+            return average_weight_bits(counted)
+        return self._total(counted) + self._constant(counts)
 
     def met(self, counts: Counts, allocation: Allocation) -> bool:
         """Whether an allocation is within the budget."""
@@ -175,7 +182,7 @@ class Budget:
         found = {name: [0.0] * len(options) for name, options in choices.items()}
         for column in range(max(len(options) for options in choices.values())):
             allocation = Allocation({name: options[min(column, len(options) - 1)] for name, options in choices.items()})
-            for layer in self._counted(counts, allocation):
+            for layer in self.counted(counts, counts.at(allocation)):
                 if column < len(found[layer.name]):
                     found[layer.name][column] = float(self._total([layer]))
         return found
@@ -184,14 +191,15 @@ class Budget:
         """The most that `shares` may come to."""
         if self.kind == "average_bits":
             whole = Allocation({layer.name: (FLOAT_BITS, FLOAT_BITS) for layer in counts.layers})
-            return self.value * sum(layer.weights for layer in self._counted(counts, whole))
+            return self.value * sum(layer.weights for layer in self.counted(counts, counts.at(whole)))
         return self.value - self._constant(counts)
 
-    def _counted(self, counts: Counts, allocation: Allocation) -> tuple[LayerCost, ...]:
-        layers = apply_convention(counts.at(allocation), self.convention, counts.first, counts.last)
-        if not layers:
+    def counted(self, counts: Counts, layers: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
+        """Those of ``layers`` that count, at the widths at which they count."""
+        found = apply_convention(layers, self.convention, counts.first, counts.last)
+        if not found:
             raise ValueError(f"{self.key}.convention.first_last=excluded: no layer is left that counts; use all")
-        return layers
+        return found
 
     def _total(self, layers: Sequence[LayerCost]) -> Tensor:
         """The cost of some layers, all that is not by layer left out; of average bits the sum over the weights."""
