@@ -131,7 +131,7 @@ def _forward(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> T
     """De-quantized ``x``, float32 or wider, in its memory format."""
     values = _dense(x if x.dtype == torch.float64 else x.float())
     if kernels == "compiled":
-        flat = _compiled(quantize)(_flat(values), scale, grid.low, grid.high)
+        flat = _compiled(quantize)(_flat(values), scale.detach(), grid.low, grid.high)
     else:
         flat = (quantize if x.is_cuda else _blocked_quantize)(_flat(values), scale, grid.low, grid.high)
     return _shaped(flat, values)
@@ -143,7 +143,7 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid, kernels
     upstream = grad.to(values.dtype)
     if upstream.stride() != values.stride():
         upstream = torch.empty_like(values).copy_(upstream)
-    arguments = _flat(values), scale, _flat(upstream)
+    arguments = _flat(values), scale.detach(), _flat(upstream)
     if kernels == "compiled":
         inside, total = _compiled(quantize_backward)(*arguments, grid.low, grid.high)
     else:
@@ -158,8 +158,13 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A dense tensor's elements in memory order (1-D view)."""
-    return x.as_strided((x.numel(),), (1,))
+    """A dense tensor's elements in memory order, 1-D, on the same memory.
+
+    No view: whether a tensor requires a gradient and what it is a view of would each be a reason for another graph.
+    """
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,)
+    )
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:

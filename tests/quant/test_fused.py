@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from research.quant import fused
 from research.quant.fused import BLOCK, Kernels
 from research.quant.layers import QuantConv2d
 from research.quant.passes import passes, surrogate_gradients, use_kernels
@@ -183,3 +185,28 @@ def test_what_the_fast_path_does_not_know_takes_the_reference() -> None:
     q.register_forward_hook(lambda module, inputs, output: seen.append(output))
     layer(x)
     assert len(seen) == 1, "a hook on the quantizer still sees its output"
+
+
+def test_compiled_kernels_are_two_graphs_at_most_whatever_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = {
+        function: torch.compile(function, dynamic=True, fullgraph=True, backend=counter)
+        for function in (fused.quantize, fused.quantize_backward)
+    }
+    monkeypatch.setattr(fused, "_compiled", compiled.__getitem__)
+    for training in (True, False):
+        for bits in (2, 4, 8):
+            q = quantizer(bits, True).requires_grad_(training)
+            q.kernels = "compiled"
+            for shape in ((8, 3, 16, 16), (5, 4, 4), (6, 6), (40, 8, 9, 9)):
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    if layout == torch.channels_last and len(shape) != 4:
+                        continue
+                    x = values(shape, torch.float32, True).detach().contiguous(memory_format=layout)
+                    y = q(x.requires_grad_(training))
+                    if training:
+                        (y * y.detach()).sum().backward()
+                    with torch.no_grad():
+                        q((2 * x)[1:])
+    assert 2 <= counter.frame_count <= 4
