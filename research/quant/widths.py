@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,17 @@ def width_key(owner: nn.Module, children: nn.ModuleDict, width: Any) -> str:
     if str(value) not in children:
         raise ValueError(f"no {type(owner).__name__} for width {value}: quantizer.widths has {', '.join(children)}")
     return str(value)
+
+
+def picked_state(copies: Iterable[nn.Module], index: Tensor) -> dict[str, Tensor]:
+    """Parameters and buffers of one of several alike modules, by name; differentiable.
+
+    Args:
+        copies: modules with the same names and shapes.
+        index: of the one, (1,) int64: no number, so that a compiled network keeps its graph.
+    """
+    states = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in copies]
+    return {name: torch.stack([each[name] for each in states]).index_select(0, index)[0] for name in states[0]}
 
 
 class PerWidth(Quantizer):
