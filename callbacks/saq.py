@@ -1,12 +1,12 @@
 """SAQ: sharpness-aware quantization (Liu, Cai, Zhuang, arXiv 2111.12273; zhuang-group/SAQ).
 
-The training rule; the configuration generator (SAMQ) is no part of it.
+The training rule; the configuration generator is `callbacks.samq`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,12 @@ from research.quant.passes import weight_leaves
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
+    from research.models.structure import FloatModel
 
 CASES = (1, 2, 3)
+Layers = Literal["all", "ends"]
+NORMS: tuple[Kind, ...] = ("norm_weight", "norm_bias")
+LAYERS: tuple[Layers, ...] = get_args(Layers)
 
 
 class SAQ(Mechanic):
@@ -57,6 +61,7 @@ class SAQ(Mechanic):
         statistics: ``counted`` (only the first evaluation moves batch-norm statistics) or ``all``.
         sync_perturbation: average the first gradient over processes, so that several processes equal one; off, every
             process perturbs by its own share, as the official code does.
+        layers: ``all``, or ``ends``: of the layers the first and the last alone; batch-norms by their option.
     """
 
     slug = "saq"
@@ -74,6 +79,7 @@ class SAQ(Mechanic):
         include_weight_ranges: bool = False,
         statistics: Literal["counted", "all"] = "counted",
         sync_perturbation: bool = False,
+        layers: Layers = "all",
     ) -> None:
         if case not in CASES:
             raise ValueError(f"callbacks.saq.case={case}: use 1, 2 or 3 (SAQ)")
@@ -83,6 +89,8 @@ class SAQ(Mechanic):
             raise ValueError(f"callbacks.saq.eta={eta}: use 0 or more, such as 0.01")
         if statistics not in ("counted", "all"):
             raise ValueError(f"callbacks.saq.statistics={statistics}: use counted or all")
+        if layers not in LAYERS:
+            raise ValueError(f"callbacks.saq.layers={layers}: use {' or '.join(LAYERS)}")
         self.case = case
         self.rho = rho
         self.adaptive = adaptive
@@ -96,6 +104,7 @@ class SAQ(Mechanic):
             self.kinds.add("weight_range")
         self.statistics = statistics
         self.sync_perturbation = sync_perturbation
+        self.layers: Layers = layers
         self.ddp = "exact" if sync_perturbation else "per_replica"
 
     def attach(self, module: QuantModule) -> None:
@@ -126,10 +135,20 @@ class SAQ(Mechanic):
             return asam_perturbation(gradients, points, self.rho, self.eta)
         return qasam_perturbation(gradients, points, plain, self.rho, self.eta)
 
+    def perturbed(self, net: FloatModel) -> tuple[list[str], dict[str, Kind]]:
+        """The layers whose weights are perturbed, and the kinds of all perturbed parameters by name."""
+        layers = [name for name, _ in quant_layers(net)]
+        kinds = {name: kind for name, kind in parameter_kinds(net).items() if kind in self.kinds}
+        if self.layers == "all":
+            return layers, kinds
+        ends = [name for name in layers if name in (net.structure().first, net.structure().last)]
+        inside = tuple(f"{name}." for name in ends)
+        return ends, {name: kind for name, kind in kinds.items() if kind in NORMS or name.startswith(inside)}
+
     def wrap_objective(self, objective: Objective) -> Objective:
         """The loss at the perturbed point, with outputs and terms of the unperturbed evaluation."""
         net = self.module.net
-        kinds = {name: kind for name, kind in parameter_kinds(net).items() if kind in self.kinds}
+        layers, kinds = self.perturbed(net)
         plain = {name for name, kind in kinds.items() if kind in BIASES}
 
         def sharpness_aware(batch: Any, state: State | None = None) -> Evaluation:
@@ -141,7 +160,7 @@ class SAQ(Mechanic):
                 own = dict(net.named_parameters())
                 leaves: dict[str, Tensor] = {name: own[name] for name in kinds if own[name].requires_grad}
                 if self.case == 3:
-                    leaves |= {f"{layer}.weight": offset for layer, offset in offsets.items()}
+                    leaves |= {f"{layer}.weight": offsets[layer] for layer in layers}
                 start = {**own, **given}
                 points = {**start, **quantized_at(net, given)} if self.adaptive and self.case == 3 else start
                 moves = self.perturbation(self.gradients(first.loss, leaves), points, plain)

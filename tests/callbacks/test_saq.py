@@ -10,7 +10,7 @@ from callbacks.saq import SAQ
 from research.learning.module import QuantModule
 from research.quant.layers import quant_layers, quantized_weights
 from tests.callbacks.saq_host import TASK, Record, host, images, liq, saq, weights_only
-from tests.learning.tiny import LSQ, fit, make_module, state, tiny_net
+from tests.learning.tiny import LSQ, RESNET, fit, make_module, state, tiny_net
 
 
 @pytest.mark.parametrize("settings", [{"case": 1}, {"case": 2}, {"case": 3}, {"adaptive": True}], ids=str)
@@ -131,6 +131,17 @@ def test_options_say_what_is_perturbed(option: str, names: set[str]) -> None:
     assert {"conv1.weight", "fc.weight", "fc.bias"} <= perturbed[0] & perturbed[1]
 
 
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_the_ends_alone_can_be_perturbed_as_the_released_search_does(case: int) -> None:
+    record = Record(host(saq(case=case, rho=0.3, layers="ends"), model=RESNET))
+    record.objective(images())
+    ends = ("conv1.", "fc.")
+    assert {"conv1.weight", "fc.weight", "fc.bias", "conv1.input_quantizer.raw_scale"} <= record.moves.keys()
+    assert {"layer1.0.bn1.weight", "layer3.0.bn2.bias"} <= record.moves.keys()
+    assert [name for name in record.moves if not name.startswith(ends) and "bn" not in name] == []
+    assert record.norm == pytest.approx(0.3, rel=1e-6)
+
+
 def test_the_adaptive_form_adapts_all_but_biases() -> None:
     record = Record(host(saq(adaptive=True)))
     record.objective(images())
@@ -207,6 +218,7 @@ def test_a_network_without_quantized_weights_is_refused() -> None:
         ({"rho": -1}, "saq.rho=-1"),
         ({"eta": -1}, "saq.eta=-1"),
         ({"statistics": "x"}, "=x"),
+        ({"layers": "first"}, "saq.layers=first"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from research.learning.mechanic import CLAIMS
 from research.learning.module import QuantModule
 from research.quant.layers import quantizers
 from tests.conformance.registry import CONF, FIRST, MECHANICS, Case
-from tests.learning.tiny import LSQ, RESNET, fit, float_weights, make_module, tiny_net
+from tests.learning.tiny import LSQ, RESNET, fit, float_weights, make_data, make_module, tiny_net
 from tests.test_config import composed, sweep_jobs
 
 MODEL = tiny_net()
@@ -44,7 +44,8 @@ def host(*cases: Case, checkpoint: Path) -> QuantModule:
 
 
 def steps(module: QuantModule) -> int:
-    return int(fit(module, max_epochs=1, limit_train_batches=2, limit_val_batches=0).global_step)
+    data = make_data(search=8, options={"train": 48, "test": 16})
+    return int(fit(module, data, max_epochs=1, limit_train_batches=2, limit_val_batches=0).global_step)
 
 
 def derived_twice(module: QuantModule) -> list[str]:
