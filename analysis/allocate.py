@@ -3,8 +3,9 @@ budget.kind=average_bits budget.value=3 [bits=[2,3,4,8]] [output=allocation.yaml
 
 ``uniform`` takes one width for all layers, ``hessian_trace`` the curvature of the loss at each layer times its
 quantization error (HAWQ-V2), ``greedy`` the rise of the loss when one layer alone is quantized; the last two go through
-one integer linear programme. Sensitivities are kept in the run folder as the measurement ``sensitivity``. A training
-takes the result as ``quantizer.table=allocation.yaml``.
+one integer linear programme. ``shuffled`` gives the widths of a found allocation (``table=FILE``) to other layers:
+what the choice of the layers was worth. Sensitivities are kept in the run folder as the measurement ``sensitivity``. A
+training takes the result as ``quantizer.table=allocation.yaml``.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ from research.quant.sensitivity import (
     with_quantizers,
     without_quantizers,
 )
+from research.quant.shuffled import shuffled
 from research.quant.uniform import uniform
 from research.results import finished_network, recorded_data, starting_network, weights_place
-from research.runs.allocation import read_table, write_allocation
+from research.runs.allocation import read_allocation, read_table, write_allocation
 from research.runs.folder import RunFolder
 from research.runs.measurements import measured
 from research.runs.records import read_config
@@ -56,6 +58,7 @@ from research.targets import resolve_target
 KIND = "sensitivity"
 METHODS: dict[str, tuple[str, ...]] = {
     "uniform": (),
+    "shuffled": (),
     "hessian_trace": ("images", "batch_size", "operator", "probes", "seed"),
     "greedy": ("images", "batch_size", "elsewhere"),
 }
@@ -71,6 +74,7 @@ DEFAULTS: dict[str, Any] = {
     "quantizer": None,
     "deployment": SINGLE,
     "initial": False,
+    "table": None,
     "elsewhere": "float",
     "operator": "hessian",
     "probes": 30,
@@ -95,6 +99,7 @@ class Network:
         net: as finished, or the float network that the run started from.
         weights: the file of its weights.
         base: which quantizer each slot gets.
+        fixed: names of the layers that are not searched.
         choices: candidates by layer.
         counts: what costs are computed from.
     """
@@ -111,6 +116,7 @@ class Network:
         structure = self.net.structure()  # type: ignore[operator]
         self.base = base_table(folder, options["quantizer"], self.net, structure.first, structure.last)
         ends = (structure.first, structure.last)
+        self.fixed = () if options["first_last"] is None else ends
         self.choices = choices_of(
             self.base, listed(options["bits"]), options["input_bits"], options["first_last"], ends
         )
@@ -231,6 +237,11 @@ def chosen(of: Network, method: str, budgets: list[Budget]) -> Allocation:
     choices: Choices = of.choices
     if method == "uniform":
         return uniform(choices, of.counts, budgets)
+    if method == "shuffled":
+        found = read_allocation(Path(of.options["table"]))
+        found.require_layers(choices)
+        free = [name for name in found if name not in of.fixed]
+        return shuffled(found, free, of.counts, budgets, of.options["seed"])
     for budget in budgets:
         budget.require(of.counts, choices)
     sensitivities = of.sensitivities(method)
@@ -254,18 +265,22 @@ def main(run: str, method: str, budget: Any, output: str, **options: Any) -> Non
 
     Args:
         run: folder of a finished run.
-        method: ``uniform``, ``hessian_trace`` or ``greedy``.
+        method: ``uniform``, ``shuffled``, ``hessian_trace`` or ``greedy``.
         budget: ``{kind: ..., value: ..., convention: {...}}`` or a list of such, see `research.quant.budget`.
         output: the file, for ``quantizer.table=``.
         options: see `DEFAULTS`: candidate ``bits`` of the weights, ``input_bits`` (``same``, or one width), width of
             ``first_last`` (null: searched too), ``quantizer`` (of ``conf/quantizer``; null: the run's own),
-            ``deployment``, or ``initial`` for the float network that the run started from; ``elsewhere`` (float,
-            widest) of ``greedy``; ``operator``, ``probes`` and ``seed`` of ``hessian_trace``; ``images`` and
-            ``batch_size``; ``threads``; folders ``data`` and ``checkpoints``.
+            ``deployment``, or ``initial`` for the float network that the run started from; ``table`` and ``seed`` of
+            ``shuffled``; ``elsewhere`` (float, widest) of ``greedy``; ``operator``, ``probes`` and ``seed`` of
+            ``hessian_trace``; ``images`` and ``batch_size``; ``threads``; folders ``data`` and ``checkpoints``.
     """
     for key, value, allowed in (("method", method, METHODS), ("elsewhere", options["elsewhere"], ELSEWHERE)):
         if value not in allowed:
             raise ValueError(f"{key}={value}: use one of {', '.join(allowed)}")
+    if (method == "shuffled") != (options["table"] is not None):
+        raise ValueError(
+            f"table={options['table']}: method=shuffled needs the allocation.yaml to shuffle, no other one"
+        )
     budgets = budgets_from_config(budget)
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])

@@ -36,6 +36,8 @@ from research.train import build
 
 PLAIN = ""
 WARMUP = 2
+SEARCH = 64
+"""Images held out for mechanics that search on them."""
 
 
 class StepTimes(Callback):
@@ -87,7 +89,7 @@ class Cost:
 
 def config_of(model: str, quantizer: str, mechanic: str, steps: int, batch_size: int, compiled: str) -> dict[str, Any]:
     """A plain training config: W4A4, synthetic images of CIFAR's size."""
-    images = steps * batch_size + 256
+    images = steps * batch_size + 256 + SEARCH
     overrides = [
         f"model={model}",
         "data=synthetic",
@@ -95,6 +97,7 @@ def config_of(model: str, quantizer: str, mechanic: str, steps: int, batch_size:
         f"callbacks=[{mechanic}]",
         "data.image_size=32",
         "data.validation=0",
+        f"data.search={SEARCH}",
         f"data.batch_size={batch_size}",
         f"data.options={{train: {images}, test: 16}}",
         f"compile={compiled}",

@@ -81,6 +81,38 @@ def test_uniform(copies: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     assert not read_measurements(RunFolder.existing(copies["lsq"]), "sensitivity")
 
 
+def test_shuffled(copies: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, file = read_table(copies["lsq"] / "table.yaml"), tmp_path / "found.yaml"
+    widths = iter(((4, 4), (3, 2), (2, 2), (2, 4), (3, 3), (2, 3)))
+    found = Allocation({name: (8, 8) if name in ("conv1", "fc") else next(widths) for name in base})
+    write_allocation(file, found, base)
+
+    def shuffle(**changes: Any) -> Allocation:
+        options = {"method": "shuffled", "table": str(file), "budget": budget(3.2), **changes}
+        return allocated(copies["lsq"], tmp_path / "a.yaml", **options)
+
+    first = shuffle()
+    assert first != found and sorted(first.values()) == sorted(found.values())
+    assert first["conv1"] == first["fc"] == (8, 8)
+    assert "average_bits" in capsys.readouterr().out
+    assert shuffle() == first and any(shuffle(seed=seed) != first for seed in (1, 2, 3))
+    loose = {"budget": budget(8, first_last="all"), "first_last": None}
+    assert any(shuffle(**loose, seed=seed)["fc"] != (8, 8) for seed in range(5)), "searched ends are exchanged too"
+    for change, message in (
+        ({"table": None}, "^table=None: method=shuffled needs the allocation.yaml to shuffle"),
+        ({"method": "uniform"}, "^table=.*found.yaml: method=shuffled needs"),
+        (
+            {"budget": budget(2.01)},
+            r"^none of 1000 shuffles of the widths is within budget\.value=2\.01 \(at least [23]\.\d+\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shuffle(**change)
+    write_allocation(file, Allocation({name: (8, 8) if name in ("conv1", "fc") else (2, 2) for name in base}), base)
+    with pytest.raises(ValueError, match="^table=: all layers that could be exchanged have the same widths"):
+        shuffle()
+
+
 @pytest.mark.parametrize("method", ["hessian_trace", "greedy"])
 def test_measured_once_and_within_the_budget(
     copies: dict[str, Path], tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
@@ -128,7 +160,7 @@ def test_a_training_takes_it_and_costs_what_was_said(
 
 def test_what_a_user_gets_wrong(copies: dict[str, Path], tmp_path: Path) -> None:
     for change, message in (
-        ({"method": "magic"}, "^method=magic: use one of uniform, hessian_trace, greedy"),
+        ({"method": "magic"}, "^method=magic: use one of uniform, shuffled, hessian_trace, greedy"),
         ({"elsewhere": "best"}, "^elsewhere=best: use one of float, widest"),
         ({"quantizer": "magic"}, "^quantizer=magic is unknown; use one of .*lsq"),
         ({"bits": [2, 9]}, r"^allocation\.layer1\.0\.conv1\.weight=9: use 0 to 8"),

@@ -23,6 +23,8 @@ OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("binary", "weight"): [{"form": "xnor"}],
     ("n2uq", "weight"): [{"grad_mode": "plain"}],
     ("n2uq", "input"): [{"calibrate": False}],
+    ("srq", "weight"): [{"mcste": "all_classes"}],
+    ("srq", "input"): [{"mcste": "all_classes"}],
 }
 SHAPE = (4, 3, 2)
 
@@ -213,6 +215,8 @@ COMPILED = [
     Case("binary", "input", "tensor"),
     Case("n2uq", "weight", "channel"),
     Case("n2uq", "input", "tensor"),
+    Case("srq", "weight", "channel"),
+    Case("srq", "input", "tensor", (("mcste", "all_classes"),)),
 ]
 
 

@@ -18,6 +18,8 @@ REGISTRY: dict[str, str] = {
     "n2uq": "research.quant.quantizers.n2uq.N2UQ",
     "lq_nets": "research.quant.quantizers.lq_nets.LQNets",
     "binary": "research.quant.quantizers.binary.Binary",
+    "rq": "research.quant.quantizers.rq.RQ",
+    "srq": "research.quant.quantizers.srq.SRQ",
 }
 
 
