@@ -10,7 +10,7 @@ from callbacks.samq import SAMQ
 from research.learning.finalise import finalise
 from research.quant.allocation import Allocation
 from tests.callbacks.searches import THREE
-from tests.callbacks.test_samq import mechanic, samq, searching
+from tests.callbacks.test_samq import BOPS, mechanic, samq, searching
 from tests.learning.tiny import LSQ, RESNET, fit, make_data, make_module
 
 
