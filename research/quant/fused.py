@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -45,6 +45,11 @@ class UniformGrid:
     high: Tensor
     gradient_factor: Tensor
 
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest code as numbers."""
+        return float(self.low), float(self.high)
+
 
 def quantize(x: Tensor, scale: Tensor, low: Limit, high: Limit) -> Tensor:
     """``s round(clip(x / s, low, high))`` of a flat tensor; ``scale`` is 0-dim (LSQ, equations 1 and 2)."""
@@ -78,21 +83,18 @@ def _block() -> int:
     return BLOCK * torch.get_num_threads()
 
 
-def _blocked_quantize(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _blocked_quantize(x: Tensor, scale: Tensor, grid: UniformGrid) -> Tensor:
     """`quantize`, block by block in place: one read of ``x`` and one write from the memory's point of view."""
-    least, greatest = float(low), float(high)
     output = torch.empty_like(x)
     for values, target in zip(_blocks(x), _blocks(output), strict=True):
         torch.div(values, scale, out=target)
-        target.clamp_(least, greatest).round_().mul_(scale)
+        target.clamp_(*grid.bounds).round_().mul_(scale)
     return output
 
 
-def _blocked_quantize_backward(
-    x: Tensor, scale: Tensor, grad: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor]:
+def _blocked_quantize_backward(x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid) -> tuple[Tensor, Tensor]:
     """`quantize_backward`, block by block in place."""
-    least, greatest = float(low), float(high)
+    least, greatest = grid.bounds
     output = torch.empty_like(x)
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     size = min(_block(), x.numel())
@@ -127,29 +129,44 @@ def _compiled_for(function: Callable[..., Any], threads: int) -> Callable[..., A
     return torch.compile(function, dynamic=True, fullgraph=True, options=compiler_options(threads))
 
 
+def _at_once(x: Tensor, kernels: Kernels) -> bool:
+    """Whether ``x`` takes the plain operations: on a GPU unless they are compiled, elsewhere where it is short.
+
+    The call of a compiled kernel costs more than a short tensor's arithmetic, and one first compiled for a short tensor
+    would use a single thread for tensors of every length.
+    """
+    return kernels == "eager" if x.is_cuda else x.numel() <= BLOCK
+
+
 def _forward(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
     """De-quantized ``x``, float32 or wider, in its memory format."""
-    values = _dense(x if x.dtype == torch.float64 else x.float())
+    values = x if x.dtype == torch.float64 else x.float()
+    if _at_once(values, kernels):
+        return quantize(values, scale, grid.low, grid.high)
+    values = _dense(values)
     if kernels == "compiled":
         flat = _compiled(quantize)(_flat(values), scale.detach(), grid.low, grid.high)
     else:
-        flat = (quantize if x.is_cuda else _blocked_quantize)(_flat(values), scale, grid.low, grid.high)
+        flat = _blocked_quantize(_flat(values), scale, grid)
     return _shaped(flat, values)
 
 
 def _backward(x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """Gradients at ``x`` (its dtype) and at the scale."""
-    values = _dense(x if x.dtype == torch.float64 else x.float())
+    values = x if x.dtype == torch.float64 else x.float()
     upstream = grad.to(values.dtype)
+    if _at_once(values, kernels):
+        inside, total = quantize_backward(values, scale, upstream, grid.low, grid.high)
+        return inside.to(x.dtype), total * grid.gradient_factor
+    values = _dense(values)
     if upstream.stride() != values.stride():
         upstream = torch.empty_like(values).copy_(upstream)
     arguments = _flat(values), scale.detach(), _flat(upstream)
     if kernels == "compiled":
-        inside, total = _compiled(quantize_backward)(*arguments, grid.low, grid.high)
+        flat, total = _compiled(quantize_backward)(*arguments, grid.low, grid.high)
     else:
-        kernel = quantize_backward if x.is_cuda else _blocked_quantize_backward
-        inside, total = kernel(*arguments, grid.low, grid.high)
-    return _shaped(inside, values).to(x.dtype), total * grid.gradient_factor
+        flat, total = _blocked_quantize_backward(*arguments, grid)
+    return _shaped(flat, values).to(x.dtype), total * grid.gradient_factor
 
 
 def _dense(x: Tensor) -> Tensor:

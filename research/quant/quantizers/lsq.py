@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from research.quant.clipping import check_mask, clip_codes
-from research.quant.fused import UniformGrid
+from research.quant.fused import WITH_CONVOLUTION, UniformGrid
+from research.quant.latest import Latest
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ranges import initial_scale
 from research.quant.ste import scale_gradient
@@ -53,6 +54,7 @@ class LSQ(Quantizer):
         self.gradient_factor = gradient_factor
         self.mask = check_mask(mask)
         self.raw_scale = nn.Parameter(torch.ones(self.state_shape))
+        self._grids = Latest[UniformGrid]()
 
     @property
     def scale(self) -> Tensor:
@@ -82,8 +84,15 @@ class LSQ(Quantizer):
             return None
         if self.raw_scale.ndim or self.bits.ndim:
             return None
+        elements = self._elements(x)
+        if self.kernels not in WITH_CONVOLUTION:
+            return self._make_grid(elements)
+        made_of = (self.bits, self.signed, self.raw_scale.dtype, elements)
+        return self._grids.get(made_of, lambda: self._make_grid(elements))
+
+    def _make_grid(self, elements: int) -> UniformGrid:
         low, high = (limit.to(self.raw_scale.dtype) for limit in self.limits())
-        factor = lsq_gradient_factor(self._elements(x), high) if self.gradient_factor else torch.ones_like(high)
+        factor = lsq_gradient_factor(elements, high) if self.gradient_factor else torch.ones_like(high)
         return UniformGrid(low, high, factor)
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
