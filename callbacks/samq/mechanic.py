@@ -375,6 +375,6 @@ class SAMQ(BitSearch):
             )
         for name, switched in list(net.named_modules()):
             if isinstance(switched, SwitchedQuantizer | SwitchedBatchNorm2d):
-                replace_module(net, name, switched.current)
+                replace_module(net, name, switched.present)
         if self.is_prepared:
             self.require_within(net)

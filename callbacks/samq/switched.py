@@ -15,8 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from research.quant.fused import UniformGrid
-from research.quant.grid import Grid
-from research.quant.quantizers import Quantizer, build_quantizer
+from research.quant.quantizers import Delegating, Quantizer, build_quantizer
 from research.quant.widths import SwitchableBatchNorm2d, picked_state, width_key
 
 
@@ -32,7 +31,7 @@ class _Asked(nn.Module):
         return found(*arguments) if arguments else found
 
 
-class SwitchedQuantizer(Quantizer):
+class SwitchedQuantizer(Delegating):
     """One quantizer for each of several widths; ``bits``, which must be one of them, says which one is at work.
 
     Args:
@@ -55,7 +54,7 @@ class SwitchedQuantizer(Quantizer):
         return list(self.by_width.values())  # type: ignore[arg-type]
 
     @property
-    def current(self) -> Quantizer:
+    def present(self) -> Quantizer:
         """The quantizer at work."""
         quantizer = self.by_width[width_key(self, self.by_width, self.bits)]
         assert isinstance(quantizer, Quantizer)
@@ -69,36 +68,10 @@ class SwitchedQuantizer(Quantizer):
         return functional_call(self._asked[0], named, (name, *arguments))
 
     @property
-    def grid(self) -> Grid:
-        """Grid of the one at work."""
-        return self.current.grid
-
-    @property
     def scale(self) -> Tensor:
         """Its scale."""
         scale: Tensor = self.ask("scale")
         return scale
-
-    @property
-    def zero_point(self) -> Tensor | None:
-        """Its zero point."""
-        return self.current.zero_point
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """Its limits."""
-        return self.current.limits()
-
-    def transform(self, x: Tensor) -> Tensor:
-        """Its transform."""
-        return self.current.transform(x)
-
-    def codes_ste(self, transformed: Tensor) -> Tensor:
-        """Its codes."""
-        return self.current.codes_ste(transformed)
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Its values."""
-        return self.current.dequantize(codes)
 
     def fused_grid(self, x: Tensor) -> UniformGrid | None:
         """Its fast path."""
@@ -115,7 +88,7 @@ class SwitchedQuantizer(Quantizer):
         """Initialise every candidate from the same data."""
         for quantizer in self.quantizers:
             quantizer.initialise(x)
-        self.signed.copy_(self.current.signed)
+        self.signed.copy_(self.present.signed)
         self.initialised.fill_(True)
 
 
@@ -137,7 +110,7 @@ class SwitchedBatchNorm2d(SwitchableBatchNorm2d):
         self.widths = tuple(float(width) for width in sorted(widths))
 
     @property
-    def current(self) -> nn.BatchNorm2d:
+    def present(self) -> nn.BatchNorm2d:
         """The batch-norm at work."""
         norm = self.by_width[self.key(self.bits)]
         assert isinstance(norm, nn.BatchNorm2d)

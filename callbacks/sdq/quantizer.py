@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from callbacks.sdq.formulas import LEAST, Choice, mixture, share_of_higher
-from research.quant.grid import Grid
-from research.quant.quantizers import Quantizer
+from research.quant.quantizers import Delegating, Quantizer
 
 
-class StochasticWidth(Quantizer):
+class StochasticWidth(Delegating):
     """Two quantizers of one weight at neighbouring widths and the probability of the higher one.
 
     In training the weight is ``share * higher(w) + (1 - share) * lower(w)`` with a share from `share_of_higher`, in
@@ -61,42 +60,6 @@ class StochasticWidth(Quantizer):
     def expected_bits(self) -> Tensor:
         """The expected width."""
         return mixture(self.certainty, self.higher.bits, self.lower.bits)
-
-    @property
-    def grid(self) -> Grid:
-        """The present quantizer's grid."""
-        return self.present.grid
-
-    @property
-    def scale(self) -> Tensor:
-        """The present quantizer's scale."""
-        return self.present.scale
-
-    @property
-    def zero_point(self) -> Tensor | None:
-        """The present quantizer's zero point."""
-        return self.present.zero_point
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """The present quantizer's limits."""
-        return self.present.limits()
-
-    def transform(self, x: Tensor) -> Tensor:
-        """The present quantizer's transform."""
-        return self.present.transform(x)
-
-    def codes_ste(self, transformed: Tensor) -> Tensor:
-        """The present quantizer's codes."""
-        return self.present.codes_ste(transformed)
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Values at the present width."""
-        return self.present.dequantize(codes)
-
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """The present quantizer's integer codes."""
-        return self.present.codes(x)
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """The drawn mixture in training, the present quantizer's value in evaluation."""

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from callbacks.ssps.formulas import carried, relaxed_pick
-from research.quant.grid import Grid
-from research.quant.quantizers import Quantizer
+from research.quant.quantizers import Delegating, Quantizer
 from research.quant.widths import picked_state
 
 Grad = Literal["all", "sampled"]
@@ -35,7 +34,7 @@ class Candidate(nn.Module):
         return self.quantizer.fake_quantize(x, rounding)
 
 
-class SearchCell(Quantizer):
+class SearchCell(Delegating):
     """Candidate widths of one weight or input, each with a range of its own, and trained logits of their choice.
 
     In training the tensor is what the picked candidate makes of it, with the derivatives of that one; the logits get
@@ -147,42 +146,6 @@ class SearchCell(Quantizer):
         state = picked_state(self.candidates, index.reshape(1))
         value: Tensor = functional_call(self.candidates[0], state, (x, rounding))
         return value
-
-    @property
-    def grid(self) -> Grid:
-        """The present quantizer's grid."""
-        return self.present.grid
-
-    @property
-    def scale(self) -> Tensor:
-        """The present quantizer's scale."""
-        return self.present.scale
-
-    @property
-    def zero_point(self) -> Tensor | None:
-        """The present quantizer's zero point."""
-        return self.present.zero_point
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """The present quantizer's limits."""
-        return self.present.limits()
-
-    def transform(self, x: Tensor) -> Tensor:
-        """The present quantizer's transform."""
-        return self.present.transform(x)
-
-    def codes_ste(self, transformed: Tensor) -> Tensor:
-        """The present quantizer's codes."""
-        return self.present.codes_ste(transformed)
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Values at the present width."""
-        return self.present.dequantize(codes)
-
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """The present quantizer's integer codes."""
-        return self.present.codes(x)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

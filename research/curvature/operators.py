@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,40 +171,14 @@ class CurvatureOperator(LibraryOperator):  # type: ignore[misc]
         return used
 
 
-def hessian(
-    net: nn.Module,
-    loss: Loss,
-    batches: FixedBatches,
-    surface: Surface = "quantized",
-    select: str | Sequence[str] | None = None,
-    kinds: Collection[Kind] = WEIGHTS,
-) -> CurvatureOperator:
-    """The Hessian of the mean loss; arguments as for `CurvatureOperator`."""
-    return CurvatureOperator("hessian", net, loss, batches, surface, select, kinds)
+hessian = partial(CurvatureOperator, "hessian")
+"""The Hessian of the mean loss; arguments as for `CurvatureOperator`, but for the first."""
 
+ggn = partial(CurvatureOperator, "ggn")
+"""The generalised Gauss-Newton matrix: the Hessian less the curvature of the network itself."""
 
-def ggn(
-    net: nn.Module,
-    loss: Loss,
-    batches: FixedBatches,
-    surface: Surface = "quantized",
-    select: str | Sequence[str] | None = None,
-    kinds: Collection[Kind] = WEIGHTS,
-) -> CurvatureOperator:
-    """The generalised Gauss-Newton matrix: the Hessian less the curvature of the network itself."""
-    return CurvatureOperator("ggn", net, loss, batches, surface, select, kinds)
-
-
-def fisher(
-    net: nn.Module,
-    loss: Loss,
-    batches: FixedBatches,
-    surface: Surface = "quantized",
-    select: str | Sequence[str] | None = None,
-    kinds: Collection[Kind] = WEIGHTS,
-) -> CurvatureOperator:
-    """The empirical Fisher matrix: the mean outer product of the gradients of single samples, at the true labels."""
-    return CurvatureOperator("fisher", net, loss, batches, surface, select, kinds)
+fisher = partial(CurvatureOperator, "fisher")
+"""The empirical Fisher matrix: the mean outer product of the gradients of single samples, at the true labels."""
 
 
 def require_eager(net: nn.Module) -> None:

@@ -145,7 +145,7 @@ def install(layer: QuantLayer, weight: DeployedWeight) -> None:
 def _select_width(net: nn.Module) -> None:
     for name, module in list(net.named_modules()):
         if isinstance(module, PerWidth):
-            replace_module(net, name, module.current)
+            replace_module(net, name, module.present)
         elif isinstance(module, SwitchableBatchNorm2d):
             replace_module(net, name, module.by_width[module.selected])
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from research.quant.grid import Grid
-from research.quant.quantizers import Quantizer, QuantizerSpec, Role, build_quantizer
+from research.quant.quantizers import Delegating, Quantizer, QuantizerSpec, Role, build_quantizer
 
 
 def width_key(owner: nn.Module, children: nn.ModuleDict, width: Any) -> str:
@@ -35,7 +34,7 @@ def picked_state(copies: Iterable[nn.Module], index: Tensor) -> dict[str, Tensor
     return {name: torch.stack([each[name] for each in states]).index_select(0, index)[0] for name in states[0]}
 
 
-class PerWidth(Quantizer):
+class PerWidth(Delegating):
     """One quantizer for each of several widths; ``passes(bits=...)`` selects.
 
     Args:
@@ -54,58 +53,23 @@ class PerWidth(Quantizer):
             {str(width): build_quantizer(spec.with_bits(width), shape, channel_axis, role) for width in sorted(widths)}
         )
         self.selected = self.key(spec.bits)
-        self.backward, self.output_scale = self.current.backward, self.current.output_scale  # type: ignore[misc]
+        self.backward, self.output_scale = self.present.backward, self.present.output_scale  # type: ignore[misc]
 
     def key(self, width: Any) -> str:
         """The key of ``width``; ValueError if there is none."""
         return width_key(self, self.by_width, width)
 
     @property
-    def current(self) -> Quantizer:
+    def present(self) -> Quantizer:
         """The selected quantizer."""
         quantizer = self.by_width[self.selected]
         assert isinstance(quantizer, Quantizer)
         return quantizer
 
     @property
-    def grid(self) -> Grid:
-        """The selected quantizer's grid."""
-        return self.current.grid
-
-    @property
-    def scale(self) -> Tensor:
-        """The selected quantizer's scale."""
-        return self.current.scale
-
-    @property
-    def zero_point(self) -> Tensor | None:
-        """The selected quantizer's zero point."""
-        return self.current.zero_point
-
-    @property
     def expected_bits(self) -> Tensor:
         """The selected quantizer's bits."""
-        return self.current.expected_bits
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """The selected quantizer's limits (its sign comes from calibration)."""
-        return self.current.limits()
-
-    def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
-        """Quantize at the selected width."""
-        return self.current.fake_quantize(x, rounding)
-
-    def transform(self, x: Tensor) -> Tensor:
-        """The selected quantizer's transform."""
-        return self.current.transform(x)
-
-    def codes_ste(self, transformed: Tensor) -> Tensor:
-        """The selected quantizer's codes."""
-        return self.current.codes_ste(transformed)
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Values at the selected width."""
-        return self.current.dequantize(codes)
+        return self.present.expected_bits
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

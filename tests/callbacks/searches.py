@@ -1,10 +1,19 @@
 """What the tests of searches for widths share: a budget, a small network with ends of 8 bits, the mechanic on it."""
 
+from pathlib import Path
 from typing import Any, TypeVar
+
+import lightning.pytorch as pl
 
 from research.learning.mechanic import Mechanic
 from research.learning.module import QuantModule
-from tests.learning.tiny import LSQ, RESNET, make_module
+from research.learning.prepare import Preparation
+from research.quant.allocation import Allocation
+from research.runs.allocation import ALLOCATION, read_allocation
+from research.runs.folder import RunFolder
+from research.runs.logger import RunLogger
+from research.runs.records import read_config
+from tests.learning.tiny import LSQ, RESNET, make_data, make_module
 
 M = TypeVar("M", bound=Mechanic)
 THREE: dict[str, Any] = {"kind": "average_bits", "value": 3, "convention": {"first_last": "excluded"}}
@@ -21,3 +30,24 @@ def only_mechanic(module: QuantModule, kind: type[M]) -> M:
     (found,) = module.active
     assert isinstance(found, kind)
     return found
+
+
+def allocation_left(module: QuantModule, runs: Path) -> tuple[Allocation, QuantModule]:
+    """Fit a residual network for an epoch in a run folder: the allocation that stands there then, and a network made
+    with it, whose widths are those.
+    """
+    folder = RunFolder.of(runs, "search", {})
+    folder.path.mkdir(parents=True)
+    pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        logger=RunLogger(folder),
+        callbacks=[Preparation(1, 16)],
+    ).fit(module, datamodule=make_data())
+    left = read_allocation(folder.path / ALLOCATION)
+    retrained = make_module(model=RESNET, quantizer={"table": read_config(folder.path / ALLOCATION)})
+    assert Allocation.of(retrained.net) == left
+    return left, retrained

@@ -14,19 +14,14 @@ from callbacks.bmpq.assignment import bit_values
 from callbacks.bmpq.widths import change_widths
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
-from research.learning.prepare import Preparation
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Budget, Counts
 from research.quant.calibrate import calibrate
 from research.quant.cost import LayerCost
 from research.quant.ilp import allocate
 from research.quant.layers import quant_layers
-from research.runs.allocation import ALLOCATION, read_allocation
-from research.runs.folder import RunFolder
-from research.runs.logger import RunLogger
-from research.runs.records import read_config
-from tests.callbacks.searches import ENDS, THREE, on_residual, only_mechanic
-from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_data, make_module, state, tiny_net
+from tests.callbacks.searches import ENDS, THREE, allocation_left, on_residual, only_mechanic
+from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_module, state, tiny_net
 
 SLUG = "bmpq"
 OWN: dict[str, Any] = {
@@ -259,18 +254,9 @@ def test_metrics_name_widths_and_both_norms() -> None:
 
 
 def test_a_run_leaves_its_allocation_as_a_recipe_of_the_next(tmp_path: Path) -> None:
-    module, folder = searching(), RunFolder.of(tmp_path, "search", {})
-    settings: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
-    folder.path.mkdir(parents=True)
-    trainer = pl.Trainer(
-        **settings, logger=RunLogger(folder), enable_checkpointing=False, callbacks=[Preparation(1, 16)]
-    )
-    trainer.fit(module, datamodule=make_data())
-    found = Allocation.of(module.net)
-    assert read_allocation(folder.path / ALLOCATION) == found
-    table = read_config(folder.path / ALLOCATION)
-    retrained = make_module(model=RESNET, quantizer={"table": table})
-    assert Allocation.of(retrained.net) == found
+    module = searching()
+    left, _ = allocation_left(module, tmp_path)
+    assert left == Allocation.of(module.net)
 
 
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:

@@ -12,16 +12,11 @@ from callbacks.csq.quantizer import GatedPlanes
 from research.deploy.deployed import deployed
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
-from research.learning.prepare import Preparation
 from research.quant.allocation import Allocation
 from research.quant.layers import quant_layers
 from research.quant.quantizers.lsq import LSQ as LSQQuantizer
-from research.runs.allocation import ALLOCATION, read_allocation
-from research.runs.folder import RunFolder
-from research.runs.logger import RunLogger
-from research.runs.records import read_config
-from tests.callbacks.searches import ENDS, THREE, on_residual, only_mechanic
-from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_data, make_module, state, tiny_net
+from tests.callbacks.searches import ENDS, THREE, allocation_left, on_residual, only_mechanic
+from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_module, state, tiny_net
 
 SLUG = "csq"
 
@@ -216,17 +211,9 @@ def test_metrics_name_widths_planes_and_the_distance() -> None:
 
 
 def test_a_run_leaves_its_allocation_as_a_recipe_of_the_next(tmp_path: Path) -> None:
-    module, folder = searching(), RunFolder.of(tmp_path, "search", {})
-    settings: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
-    folder.path.mkdir(parents=True)
-    trainer = pl.Trainer(
-        **settings, logger=RunLogger(folder), enable_checkpointing=False, callbacks=[Preparation(1, 16)]
-    )
-    trainer.fit(module, datamodule=make_data())
-    found = Allocation.of(finalise(module)["final"])
-    assert read_allocation(folder.path / ALLOCATION) == found
-    retrained = make_module(model=RESNET, quantizer={"table": read_config(folder.path / ALLOCATION)})
-    assert Allocation.of(retrained.net) == found
+    module = searching()
+    left, _ = allocation_left(module, tmp_path)
+    assert left == Allocation.of(finalise(module)["final"])
 
 
 def test_the_greatest_gate_of_a_layer_is_never_closed_unless_a_layer_may_vanish() -> None:

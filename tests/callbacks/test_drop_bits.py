@@ -14,17 +14,12 @@ from callbacks.drop_bits.formulas import improbabilities
 from callbacks.drop_bits.quantizer import DroppedBits
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
-from research.learning.prepare import Preparation
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.layers import quantizers
 from research.quant.quantizers.lsq import LSQ
 from research.quant.quantizers.srq import SRQ
-from research.runs.allocation import ALLOCATION, read_allocation
-from research.runs.folder import RunFolder
-from research.runs.logger import RunLogger
-from research.runs.records import read_config
-from tests.callbacks.searches import THREE, on_residual, only_mechanic
-from tests.learning.tiny import RESNET, StopAt, fit, make_data, make_module, state, tiny_net
+from tests.callbacks.searches import THREE, allocation_left, on_residual, only_mechanic
+from tests.learning.tiny import RESNET, StopAt, fit, make_module, state, tiny_net
 
 SLUG = "drop_bits"
 RECIPE: dict[str, Any] = {
@@ -298,17 +293,9 @@ def test_metrics_name_widths_expected_widths_and_the_noise() -> None:
 
 
 def test_a_run_leaves_its_allocation_as_a_recipe_of_the_next(tmp_path: Path) -> None:
-    module, folder = searching(), RunFolder.of(tmp_path, "search", {})
-    settings: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
-    folder.path.mkdir(parents=True)
-    trainer = pl.Trainer(
-        **settings, logger=RunLogger(folder), enable_checkpointing=False, callbacks=[Preparation(1, 16)]
-    )
-    trainer.fit(module, datamodule=make_data())
-    found = Allocation.of(module.net)
-    assert read_allocation(folder.path / ALLOCATION) == found
-    retrained = make_module(model=RESNET, quantizer={"table": read_config(folder.path / ALLOCATION)})
-    assert Allocation.of(retrained.net) == found
+    module = searching()
+    left, retrained = allocation_left(module, tmp_path)
+    assert left == Allocation.of(module.net)
     assert {type(quantizer) for _, quantizer in quantizers(retrained.net)} == {SRQ, LSQ}
 
 

@@ -15,18 +15,13 @@ from research.deploy.deployed import deployed
 from research.deploy.description import describe, rebuild, tensors_of
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
-from research.learning.prepare import Preparation
 from research.quant.allocation import Allocation
 from research.quant.budget import Budget
 from research.quant.layers import quant_layers
 from research.quant.quantizers.lsq import LSQ
-from research.runs.allocation import ALLOCATION, read_allocation
-from research.runs.folder import RunFolder
-from research.runs.logger import RunLogger
-from research.runs.records import read_config
-from tests.callbacks.searches import ENDS, THREE, on_residual, only_mechanic
+from tests.callbacks.searches import ENDS, THREE, allocation_left, on_residual, only_mechanic
 from tests.learning.tiny import LSQ as RECIPE
-from tests.learning.tiny import RESNET, fit, make_data, make_module, state
+from tests.learning.tiny import RESNET, fit, make_module, state
 
 EXCLUDED = {"first_last": "excluded"}
 INPUTS: dict[str, Any] = {"kind": "activation_memory", "value": 3 * 1088, "convention": EXCLUDED}
@@ -308,17 +303,9 @@ def test_metrics_name_widths_and_costs() -> None:
 
 
 def test_a_run_leaves_its_allocation_as_a_recipe_of_the_next(tmp_path: Path) -> None:
-    module, folder = searching(), RunFolder.of(tmp_path, "search", {})
-    settings: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
-    folder.path.mkdir(parents=True)
-    trainer = pl.Trainer(
-        **settings, logger=RunLogger(folder), enable_checkpointing=False, callbacks=[Preparation(1, 16)]
-    )
-    trainer.fit(module, datamodule=make_data())
-    found = widest(module.net)
-    assert read_allocation(folder.path / ALLOCATION) == found
-    retrained = make_module(model=RESNET, quantizer={"table": read_config(folder.path / ALLOCATION)})
-    assert Allocation.of(retrained.net) == found
+    module = searching()
+    left, retrained = allocation_left(module, tmp_path)
+    assert left == widest(module.net)
     assert {type(layer.weight_quantizer) for _, layer in quant_layers(retrained.net)} == {LSQ}
 
 

@@ -14,19 +14,14 @@ from callbacks.samq.layers import leaders
 from callbacks.samq.switched import SwitchedBatchNorm2d, SwitchedQuantizer
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
-from research.learning.prepare import Preparation
 from research.models.resnet import resnet18
 from research.models.resnet_cifar import resnet8
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Budget
 from research.quant.calibrate import calibrate
 from research.quant.passes import passes, use_kernels
-from research.runs.allocation import ALLOCATION, read_allocation
-from research.runs.folder import RunFolder
-from research.runs.logger import RunLogger
-from research.runs.records import read_config
-from tests.callbacks.searches import ENDS, THREE, on_residual
-from tests.learning.tiny import LSQ, RESNET, StopAt, fit, make_data, make_module, state, tiny_net
+from tests.callbacks.searches import ENDS, THREE, allocation_left, on_residual
+from tests.learning.tiny import LSQ, RESNET, StopAt, fit, make_module, state, tiny_net
 
 SLUG = "samq"
 BOPS: dict[str, Any] = {"kind": "bops", "value": 300000, "convention": {"first_last": "excluded"}}
@@ -363,17 +358,9 @@ def test_a_crash_between_two_policy_epochs_leaves_no_trace(tmp_path: Path) -> No
 
 
 def test_a_run_leaves_its_allocation_as_a_recipe_of_the_next(tmp_path: Path) -> None:
-    module, folder = searching(), RunFolder.of(tmp_path, "search", {})
-    settings: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
-    folder.path.mkdir(parents=True)
-    trainer = pl.Trainer(
-        **settings, logger=RunLogger(folder), enable_checkpointing=False, callbacks=[Preparation(1, 16)]
-    )
-    trainer.fit(module, datamodule=make_data())
-    found = Allocation.of(module.net)
-    assert read_allocation(folder.path / ALLOCATION) == found
-    retrained = make_module(model=RESNET, quantizer={"table": read_config(folder.path / ALLOCATION)})
-    assert Allocation.of(retrained.net) == found
+    module = searching()
+    left, _ = allocation_left(module, tmp_path)
+    assert left == Allocation.of(module.net)
 
 
 def test_the_widths_of_a_table_are_those_that_forward_uses() -> None:  # pitfall: the official fine-tuning ignores them

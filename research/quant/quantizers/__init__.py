@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 
 from research.quant.quantizers.base import MODES, Mode, Quantizer, QuantizerSpec, Role
+from research.quant.quantizers.delegating import Delegating
 
 REGISTRY: dict[str, str] = {
     "minmax": "research.quant.quantizers.minmax.MinMax",
@@ -53,4 +54,14 @@ def build_quantizer(spec: QuantizerSpec, shape: Sequence[int], channel_axis: int
         raise ValueError(f"quantizer.{role}.options={spec.options}: {spec.name} says {error}") from None
 
 
-__all__ = ["MODES", "REGISTRY", "Mode", "Quantizer", "QuantizerSpec", "Role", "build_quantizer", "quantizer_class"]
+__all__ = [
+    "MODES",
+    "REGISTRY",
+    "Delegating",
+    "Mode",
+    "Quantizer",
+    "QuantizerSpec",
+    "Role",
+    "build_quantizer",
+    "quantizer_class",
+]
