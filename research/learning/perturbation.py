@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from research.learning.evaluation import State
+from research.processes import process_count
 
 EPS = 1e-12
 
@@ -26,10 +27,10 @@ def named_gradients(loss: Tensor, leaves: Mapping[str, Tensor], create_graph: bo
 
 def average_over_processes(gradients: Mapping[str, Tensor]) -> None:
     """Replace every gradient by its mean over all processes, in place; alone it stays as it is."""
-    if torch.distributed.is_initialized():
+    if process_count() > 1:
         for gradient in gradients.values():
             torch.distributed.all_reduce(gradient)
-            gradient /= torch.distributed.get_world_size()
+            gradient /= process_count()
 
 
 def moved_parameters(net: nn.Module, state: State | None, moves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,8 +41,7 @@ def train(name: str, checkpoint: Path, **trainer: Any) -> dict[str, Tensor]:
     """Parameters and buffers after a short fit with the case ``name``, and with a mechanic that draws decisions."""
     case = MECHANICS[name]
     mechanics = {**case.mechanics, "drawing": {"_target_": "tests.conformance.ddp.Drawing"}}
-    recipe = {"weight": case.quantizer["weight"]}  # the scale of an LSQ input counts the process's own batch
-    module = make_module(mechanics, model=MODEL, quantizer=recipe, checkpoint=checkpoint)
+    module = make_module(mechanics, model=MODEL, quantizer=case.quantizer, checkpoint=checkpoint)
     fit(module, max_epochs=1, limit_val_batches=0, precision="64-true", **trainer)  # what differs is no rounding
     return {name: tensor for name, tensor in module.state_dict().items() if "train_" not in name and "val_" not in name}
 

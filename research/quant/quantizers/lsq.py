@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from research.processes import process_count
 from research.quant.clipping import check_mask, clip_codes
 from research.quant.fused import WITH_CONVOLUTION, UniformGrid
 from research.quant.latest import Latest
@@ -23,6 +24,13 @@ EPS = torch.finfo(torch.float32).eps
 def lsq_gradient_factor(elements: int | Tensor, qmax: Tensor) -> Tensor:
     """``1 / sqrt(N * Q_P)`` (LSQ, section 2.2), with ``elements`` = N of one scale and ``qmax`` = Q_P; 0-dim tensor."""
     return torch.rsqrt(elements * torch.clamp(qmax, min=1))
+
+
+def sharing_elements(x: Tensor, scale: Tensor, role: Role) -> int:
+    """Elements that share one value of ``scale``: of a weight ``x``, or of the whole batch of which ``x`` is this
+    process's share.
+    """
+    return x.numel() // max(1, scale.numel()) * (1 if role == "weight" else process_count())
 
 
 class LSQ(Quantizer):
@@ -64,7 +72,7 @@ class LSQ(Quantizer):
     def _elements(self, x: Tensor) -> int:
         if self.role != "weight" and not self.count_batch:
             return x[0].numel()
-        return x.numel() // max(1, self.raw_scale.numel())
+        return sharing_elements(x, self.raw_scale, self.role)
 
     def _with_factor(self, parameter: Tensor, x: Tensor) -> Tensor:
         """``parameter`` with its gradient scaled as the step's is for data ``x``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
-from research.quant.quantizers.lsq import lsq_gradient_factor
+from research.quant.quantizers.lsq import lsq_gradient_factor, sharing_elements
 from research.quant.ranges import initial_scale
 from research.quant.relaxed_grid import Noise, grid_mass, mean_code, window, within_reach
 from research.quant.ste import scale_gradient
@@ -80,7 +80,7 @@ class RelaxedQuantizer(Quantizer):
         log_scale: Tensor = self.log_scale
         log_sigma: Tensor = self.log_sigma
         if self.gradient_factor:
-            elements = x.numel() // max(1, log_scale.numel())
+            elements = sharing_elements(x, log_scale, self.role)
             factor = lsq_gradient_factor(elements, self.limits()[1].to(log_scale.dtype))
             log_scale, log_sigma = scale_gradient(log_scale, factor), scale_gradient(log_sigma, factor)
         return Noise(torch.exp(log_scale), self._sigma(log_sigma), self.fuzz)
