@@ -21,11 +21,16 @@ from analysis.benchmark.interleaved import Clock, interleaved
 from analysis.benchmark.saved import SavedMemory
 from research.models.structure import FloatModel
 from research.quant.calibrate import calibrate
+from research.quant.compiler import has_compiler
 from research.quant.convert import convert
+from research.quant.fused import Kernels
 from research.quant.passes import use_kernels
 from research.quant.recipe import Recipe
+from research.runs.memory import keep_freed_memory
 
-FLOAT, OURS = "float", "flatbit"
+FLOAT = "float"
+OURS: dict[str, Kernels] = {"flatbit": "eager", "flatbit, quantizers compiled": "compiled"}
+"""Our own networks, by name, with their kernels."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,13 @@ def layers(net: FloatModel, bits: int) -> Iterator[tuple[str, nn.Conv2d | nn.Lin
             yield name, module, 8 if name in (structure.first, structure.last) else bits, name == structure.first
 
 
-def ours(net: FloatModel, recipe: dict[str, Any], images: Tensor) -> nn.Module:
-    """Our LSQ with its fused quantizers, eager."""
+def ours(net: FloatModel, recipe: dict[str, Any], kernels: Kernels, images: Tensor) -> nn.Module:
+    """Our LSQ with its fused quantizers."""
     structure = net.structure()
     convert(net, Recipe.from_config(recipe), structure.first, structure.last, conv_bn=structure.conv_bn)
     net.to(images.device)
     calibrate(net, [images])
-    use_kernels(net, "eager")
+    use_kernels(net, kernels)
     return net
 
 
@@ -191,6 +196,7 @@ def training_step(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[Calla
 def measure(request: Request) -> dict[str, Any]:
     """``seconds`` of every round and ``saved_bytes`` by network, and what the peer is."""
     torch.set_num_threads(request.threads)
+    keep_freed_memory()  # as every training of ours; here all networks have it
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(request.batch_size, 3, 32, 32, generator=generator).to(request.device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -198,7 +204,11 @@ def measure(request: Request) -> dict[str, Any]:
     build, package, form = PEERS[request.peer]
     networks = {
         FLOAT: float_network(request).to(request.device),
-        OURS: ours(float_network(request), request.recipe, images),
+        **{
+            name: ours(float_network(request), request.recipe, kernels, images)
+            for name, kernels in OURS.items()
+            if kernels == "eager" or has_compiler()
+        },
         request.peer: build(float_network(request), request.bits, images).to(request.device),
     }
     steps, saved = {}, {}

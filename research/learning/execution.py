@@ -4,8 +4,6 @@ that gives the derivatives which the mechanics need."""
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -61,10 +59,3 @@ def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechan
     line = f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"
     needing = [f"callbacks.{mechanic.slug}" for mechanic in mechanics if mechanic.needs_double_backward]
     return f"{line}; twice differentiable where {', '.join(needing)} asks for it" if needing else line
-
-
-def has_compiler() -> bool:
-    """Whether torch.compile finds what it needs here: a C++ compiler, or a GPU with Triton."""
-    if torch.cuda.is_available():
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)

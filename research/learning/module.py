@@ -22,7 +22,7 @@ from research.learning.composition import check_composition, compose_objective, 
 from research.learning.double_backward import require_second_derivatives
 from research.learning.epoch_metrics import EpochMetrics
 from research.learning.evaluation import Evaluation, Objective, State
-from research.learning.execution import COMPILE, choose_execution, execute_as, has_compiler
+from research.learning.execution import COMPILE, choose_execution, execute_as
 from research.learning.hooks import skip_empty_hooks
 from research.learning.mechanic import Mechanic
 from research.learning.optim import build_optimizer, build_scheduler
@@ -31,6 +31,7 @@ from research.learning.taps import Taps
 from research.learning.tasks import Task
 from research.models import load_float_checkpoint
 from research.models.structure import FloatModel
+from research.quant.compiler import has_compiler
 from research.quant.convert import convert
 from research.quant.passes import use_kernels
 from research.quant.recipe import Recipe, Table, format_table

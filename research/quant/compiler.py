@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from functools import cache
 from typing import Any
 
@@ -39,3 +41,10 @@ def vectorises() -> bool:
         "compile=none"
     )
     return False
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs here: a C++ compiler, or a GPU with Triton."""
+    if torch.cuda.is_available():
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)

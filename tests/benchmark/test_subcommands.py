@@ -15,6 +15,7 @@ import torch
 from analysis.benchmark import __main__ as command
 from analysis.benchmark import compile, memory, page, peers, train
 from analysis.benchmark.networks import REFERENCE, Way
+from analysis.benchmark.peer_worker import OURS
 
 SMALL = ("rounds=1", "batch_size=4", "model=resnet8")
 
@@ -106,7 +107,7 @@ def test_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = measured("peers", tmp_path, monkeypatch, *SMALL, f"folder={tmp_path}")
     observed = found["measured"]["torch.ao FakeQuantize"]
     assert observed["version"] == torch.__version__
-    assert list(observed["networks"]) == ["float", "flatbit", "torch.ao FakeQuantize"]
+    assert list(observed["networks"]) == ["float", *OURS, "torch.ao FakeQuantize"]
     assert observed["networks"]["torch.ao FakeQuantize"]["saved_ratio"] > 1.4
     assert found["skipped"] == {"Brevitas": "no package index", "torchao PT2E": "no package index"}
     assert "Brevitas was not measured: no package index." in page.page(tmp_path)
