@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from callbacks.csq.planes import prune, spans, temperature, width_of
 from callbacks.csq.quantizer import GatedPlanes
-from callbacks.csq.search import PlaneSearch, planes_of
-from callbacks.csq.selection import CostTable, gate_excess, gate_penalty, settled
+from callbacks.csq.search import WEIGHTS, PlaneSearch, planes_of
+from callbacks.csq.selection import gate_excess, gate_penalty, settled, span_excess
 from research.learning.evaluation import Evaluation
 from research.learning.module import QuantModule
 from research.quant.allocation import Allocation
+from research.quant.cost_table import CostTable
 from research.quant.quantizers.lsq import LSQ
 
 log = logging.getLogger(__name__)
@@ -130,8 +131,9 @@ class CSQ(PlaneSearch):
             return gate_excess(opened, self.budgets[0].value - 1)
         if self._table is None:
             like = next(iter(self.quantizers.values())).gates.detach()
-            self._table = CostTable.of(self.budgets, self.counts, self.choices, list(self.layers)).to(like)
-        return self._table.excess(spans(opened))
+            budgets = [budget for budget in self.budgets if budget.kind in WEIGHTS]
+            self._table = CostTable.of(budgets, self.counts, self.choices, list(self.layers)).to(like)
+        return span_excess(self._table, spans(opened))
 
     def loss_terms(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
         """``csq``: the penalty on the gates; none once they are fixed."""

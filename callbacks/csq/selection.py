@@ -3,66 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from callbacks.csq.planes import span_of, width_of
-from callbacks.csq.search import WEIGHTS
-from research.quant.budget import Budget, Choices, Counts
+from research.quant.cost_table import CostTable
 
 
-@dataclass(frozen=True)
-class CostTable:
-    """What a network costs at any spans of its layers, as tensors: no value leaves the device.
+def span_excess(table: CostTable, spans: Tensor) -> Tensor:
+    """``R - R_t``, both in units of the cost with all planes, 0-dim; of several budgets the one met the least.
 
-    Attributes:
-        costs: of every budget, layer and span, (budgets, layers, N + 1).
-        fixed: of all other layers, (budgets,).
-        limits: the most, (budgets,).
+    With one budget of ``average_bits`` it is ``(sum_l N_l b_l / sum_l N_l - target) / (N + 1)`` for layers that all
+    have gates: a reconstruction of the abstract's model size.
+
+    Args:
+        table: of budgets of weights; a layer's candidates are its widths by span, from 0 to N.
+        spans: of the layers, integers (L,).
     """
-
-    costs: Tensor
-    fixed: Tensor
-    limits: Tensor
-
-    @classmethod
-    def of(cls, budgets: Sequence[Budget], counts: Counts, choices: Choices, layers: Sequence[str]) -> CostTable:
-        """From the budgets that depend on the widths of weights.
-
-        Args:
-            budgets: all budgets; at least one is of such a kind.
-            counts: the network's.
-            choices: candidates of all layers; those of ``layers`` by span, from 0.
-            layers: the names of the layers with gates, in order.
-        """
-        costs, fixed, limits = [], [], []
-        for budget in budgets:
-            if budget.kind in WEIGHTS:
-                shares = budget.shares(counts, choices)
-                costs.append([shares[name] for name in layers])
-                fixed.append(sum(values[0] for name, values in shares.items() if name not in layers))
-                limits.append(budget.limit(counts))
-        return cls(torch.tensor(costs), torch.tensor(fixed), torch.tensor(limits))
-
-    def to(self, like: Tensor) -> CostTable:
-        """On the device of ``like``, in its dtype."""
-        return CostTable(self.costs.to(like), self.fixed.to(like), self.limits.to(like))
-
-    def excess(self, spans: Tensor) -> Tensor:
-        """``R - R_t``, both in units of the cost with all planes, 0-dim; of several budgets the one met the least.
-
-        With one budget of ``average_bits`` it is ``(sum_l N_l b_l / sum_l N_l - target) / (N + 1)`` for layers that all
-        have gates: a reconstruction of the abstract's model size.
-
-        Args:
-            spans: of the layers, integers (L,).
-        """
-        index = spans.reshape(1, -1, 1).expand(len(self.costs), -1, 1)
-        cost = self.costs.gather(2, index).sum((1, 2)) + self.fixed
-        widest = self.costs[..., -1].sum(1) + self.fixed
-        return ((cost - self.limits) / widest).amax()
+    index = spans.reshape(1, -1, 1).expand(len(table.shares), -1, 1)
+    cost = table.shares.gather(2, index).sum((1, 2)) + table.others
+    widest = table.shares[..., -1].sum(1) + table.others
+    return ((cost - table.limits) / widest).amax()
 
 
 def gate_excess(opened: Tensor, target: float) -> Tensor:

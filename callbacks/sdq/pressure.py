@@ -11,6 +11,7 @@ from callbacks.sdq.formulas import Weighting, error_weight, mixture
 from callbacks.sdq.quantizer import StochasticWidth
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Budget, Counts
+from research.quant.cost_table import CostTable
 from research.quant.quantizers import Quantizer
 
 
@@ -68,12 +69,9 @@ def size_hinge(
     choices = {name: [bits] for name, bits in present.items()}
     for name, pair in pairs.items():
         choices[name] = [LayerBits(int(quantizer.bits), present[name].input) for quantizer in pair]
-    excess = [certainty.new_zeros(())]
-    for budget in budgets:
-        if budget.additive:
-            shares = budget.shares(counts, choices)
-            higher, lower = certainty.new_tensor([shares[name] for name in pairs]).T
-            rest = sum(share[0] for name, share in shares.items() if name not in pairs)
-            expected = mixture(certainty, higher, lower).sum() + rest
-            excess.append(torch.relu(expected / budget.limit(counts) - 1))
-    return torch.stack(excess).sum()
+    budgets = [budget for budget in budgets if budget.additive]
+    if not budgets:
+        return certainty.new_zeros(())
+    table = CostTable.of(budgets, counts, choices, list(pairs)).to(certainty)
+    expected = mixture(certainty, *table.shares.unbind(2)).sum(1) + table.others
+    return torch.relu(expected / table.limits - 1).sum()

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from research.quant.allocation import LayerBits
 from research.quant.budget import Budget, Choices, Counts
+from research.quant.cost_table import CostTable
 
 
-@dataclass(frozen=True)
-class ExpectedCost:
-    """Costs of the searched layers at every pair of candidates, as tensors: no value leaves the device.
-
-    Attributes:
-        shares: of every budget, layer, weight candidate and input candidate, (budgets, layers, n, m).
-        others: of every budget, what the other layers add (or the greatest of them), (budgets,).
-        limits: the most, (budgets,).
-        additive: which costs are sums over layers and not maxima, boolean (budgets,).
-    """
-
-    shares: Tensor
-    others: Tensor
-    limits: Tensor
-    additive: Tensor
+class ExpectedCost(CostTable):
+    """Costs at every pair of a weight's and an input's candidate: ``shares`` is (budgets, layers, n, m)."""
 
     @classmethod
-    def of(
+    def of_pairs(
         cls,
         budgets: Sequence[Budget],
         counts: Counts,
@@ -44,25 +32,10 @@ class ExpectedCost:
             choices: the candidates of all layers.
             pairs: by searched layer n rows of m pairs of its candidates: the same n and m for all.
         """
-        shares, others, limits = [], [], []
-        for budget in budgets:
-            found = budget.shares(counts, choices)
-            by_pair = {name: dict(zip(choices[name], values, strict=True)) for name, values in found.items()}
-            shares.append([[[by_pair[name][pair] for pair in row] for row in rows] for name, rows in pairs.items()])
-            rest = [values[0] for name, values in found.items() if name not in pairs]
-            others.append(sum(rest) if budget.additive else max(rest, default=0.0))
-            limits.append(budget.limit(counts))
-        return cls(
-            torch.tensor(shares, dtype=torch.float64),
-            torch.tensor(others, dtype=torch.float64),
-            torch.tensor(limits, dtype=torch.float64),
-            torch.tensor([budget.additive for budget in budgets]),
-        )
-
-    def to(self, like: Tensor) -> ExpectedCost:
-        """On the device of ``like``, in its dtype."""
-        shares, others, limits = (each.to(like) for each in (self.shares, self.others, self.limits))
-        return ExpectedCost(shares, others, limits, self.additive.to(like.device))
+        flat = {name: [pair for row in rows for pair in row] for name, rows in pairs.items()}
+        table = cls.of(budgets, counts, {**choices, **flat}, list(pairs))
+        inputs = len(next(iter(pairs.values()))[0])
+        return replace(table, shares=table.shares.reshape(*table.shares.shape[:2], -1, inputs))
 
     def by_layer(self, weights: Tensor, inputs: Tensor) -> Tensor:
         """Expected shares ``sum_ij p_i q_j share_ij`` of independent draws, (budgets, layers).

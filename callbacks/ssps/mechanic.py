@@ -208,7 +208,7 @@ class SSPS(BitSearch):
                 name: [[LayerBits(w, a) for a in (slots["input"] * most)[:most]] for w in slots["weight"]]
                 for name, slots in self.widths.items()
             }
-            self._exact = ExpectedCost.of(self.budgets, self.counts, self.choices, pairs)
+            self._exact = ExpectedCost.of_pairs(self.budgets, self.counts, self.choices, pairs)
         return self._exact
 
     def rows(self, slot: Slot, of_cell: Mapping[str, Tensor], like: Tensor) -> Tensor:

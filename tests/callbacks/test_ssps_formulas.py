@@ -65,7 +65,7 @@ def expected_cost(kind: Any, value: float, vectors: dict[str, Tensor]) -> Expect
     candidates, inputs = vectors["candidates"].int().tolist(), vectors["act_bits"].int().tolist()
     choices = {f"l{row}": [LayerBits(b, a) for b in candidates] for row, a in enumerate(inputs)}
     pairs = {name: [[pair] for pair in options] for name, options in choices.items()}
-    return ExpectedCost.of([Budget(kind, value)], counts_of(vectors), choices, pairs)
+    return ExpectedCost.of_pairs([Budget(kind, value)], counts_of(vectors), choices, pairs)
 
 
 def gradient(value: Tensor, leaf: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_the_expected_cost_of_two_draws_is_their_mean_cost(vectors: dict[str, Te
     ew, ea = 0.5 * 2 + 0.3 * 3 + 0.2 * 8, 0.25 * 4 + 0.75 * 8
     for form, each in (("product", ew * ea), ("uniq", ew * ea + ew + ea + np.log2(9))):
         budget = Budget.from_config({"kind": "bops", "value": 1.0, "convention": {"form": form, "input_bits": None}})
-        cost = ExpectedCost.of([budget], counts, choices, pairs).ratios(p, q)
+        cost = ExpectedCost.of_pairs([budget], counts, choices, pairs).ratios(p, q)
         assert float(cost) == pytest.approx(each * float(vectors["macs"].sum()), rel=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_a_maximum_is_held_by_its_greatest_expected_share(vectors: dict[str, Ten
     choices = {layer.name: [LayerBits(8, a) for a in (2, 8)] for layer in counts.layers}
     pairs = {name: [options] for name, options in choices.items() if name != "l3"}
     budget = Budget.from_config({"kind": "activation_max", "value": 4, "convention": {"input_bits": None}})
-    table = ExpectedCost.of([budget], counts, choices, pairs)
+    table = ExpectedCost.of_pairs([budget], counts, choices, pairs)
     q = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], dtype=DOUBLE)
     assert float(table.ratios(torch.ones(3, 1, dtype=DOUBLE), q)) == 8 / 4
     assert float(table.others) == 2, "the first choice of a layer that is not searched"
