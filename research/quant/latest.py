@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -23,11 +24,11 @@ class Latest(Generic[T]):
 
     def get(self, made_of: Sequence[Any], make: Callable[[], T]) -> T:
         """``make()``, or what it gave last if the tensors in ``made_of`` are the same ones, not written to since, and
-        everything else in it is equal. Where a tensor's changes cannot be known, and where it has a graph, nothing is
-        remembered.
+        everything else in it is equal. Nothing is remembered where a tensor's changes cannot be known, where it has a
+        graph, and while a compiler looks.
         """
         tensors = [item for item in made_of if isinstance(item, Tensor)]
-        if any(tensor.is_inference() or tensor.requires_grad for tensor in tensors):
+        if torch.compiler.is_compiling() or any(tensor.is_inference() or tensor.requires_grad for tensor in tensors):
             return make()
         state = [item for item in made_of if not isinstance(item, Tensor)]
         state += [version for tensor in tensors for version in (id(tensor), tensor._version)]

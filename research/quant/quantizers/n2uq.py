@@ -20,6 +20,8 @@ from research.quant.ste import straight_through
 RANGE = 2.0
 LEAST_LENGTH = 1e-3
 TINY = 1e-12
+FEW = 15
+"""Segments that are gone through one by one; more are looked up, which costs the same for any number."""
 GRAD_MODES = ("official", "plain")
 
 
@@ -40,6 +42,23 @@ def gste_ramp(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tens
     thresholds ``T_i = d_{i-1} + a_i / 2`` are where it gives ``i - 1/2``. In units of codes; differentiable twice in
     all three arguments, the count without gradient.
     """
+    if len(lengths) <= FEW:
+        return _ramp_by_segment(u, borders, lengths)
+    return _ramp_by_table(u, borders, lengths)
+
+
+def _ramp_by_segment(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """`gste_ramp`, one comparison with every border: nothing but arithmetic, which a compiler makes one loop of."""
+    ramp = count = torch.zeros_like(u)
+    for start, end, length in zip(borders[:-1], borders[1:], lengths, strict=True):
+        behind = (u > end).to(u.dtype)
+        ramp = ramp + torch.where((u > start) & (u <= end), (u - start) * (1 / length), behind)
+        count = count + (u > start + length / 2).to(u.dtype)
+    return ramp, count
+
+
+def _ramp_by_table(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """`gste_ramp`, each element's segment looked up."""
     index = torch.bucketize(u.detach().contiguous(), borders.detach())
     inverse = F.pad(1 / lengths, (1, 1))
     table = torch.stack([torch.cat([borders[:1], borders]), inverse], dim=1)

@@ -16,7 +16,7 @@ from research.models.bias_prelu import BiasPReLU
 from research.quant.calibrate import calibrate
 from research.quant.convert import convert
 from research.quant.quantizers import QuantizerSpec, build_quantizer
-from research.quant.quantizers.n2uq import N2UQ, RANGE, gste_ramp, segments
+from research.quant.quantizers.n2uq import N2UQ, RANGE, _ramp_by_segment, _ramp_by_table, gste_ramp, segments
 from research.quant.recipe import Recipe
 from research.targets import resolve_target
 
@@ -303,3 +303,24 @@ def test_the_activation_starts_as_a_prelu_and_learns_three_vectors() -> None:
     assert all(bool(p.grad.any()) and p.shape == (5,) for p in activation.parameters())
     with pytest.raises(ValueError, match="channels=0"):
         BiasPReLU(0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_both_ways_to_the_ramp_are_one_function(bits: int) -> None:
+    """Bit for bit, on borders and thresholds too, and in every derivative up to the order of the terms."""
+    quantizer = uneven(bits)
+    borders, lengths = (part.detach().requires_grad_() for part in segments(quantizer.start, quantizer.a))
+    special = torch.cat([borders, quantizer.thresholds]).detach()
+    u = torch.cat([special, torch.linspace(-1, 4, 300, dtype=DOUBLE)]).requires_grad_()
+    upstream = torch.randn(len(u), dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+
+    def everything(ramp_of: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+        ramp, count = ramp_of(u, borders, lengths)
+        first = torch.autograd.grad((ramp * upstream).sum(), (u, borders, lengths), create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), (u, lengths))
+        return [ramp, count, *first, *second]
+
+    (ramp, count, *found), (same, counted, *expected) = everything(_ramp_by_segment), everything(_ramp_by_table)
+    assert torch.equal(ramp, same) and torch.equal(count, counted)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
