@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from research.learning.evaluation import State
-from research.processes import process_count
+from research.quant.processes import process_count
 
 EPS = 1e-12
 

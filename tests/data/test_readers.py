@@ -19,6 +19,7 @@ from research.data.npz import load_npz
 from research.data.synthetic import load_synthetic
 
 RANDOM = np.random.default_rng(0)
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4
 
 
 @pytest.fixture(params=[CIFAR10, CIFAR100], ids=lambda release: release.name)
@@ -54,7 +55,7 @@ def test_cifar_archive_and_extracted_files_hold_the_same(cifar):
     assert np.array_equal(from_archive.train.labels[:6], labels)
     assert len(from_archive.train) == 6 * len(release.train_files) and len(from_archive.test) == 6
     with tarfile.open(root / release.archive) as archive:
-        archive.extractall(root, filter="data")
+        archive.extractall(root, **SAFELY)
     (root / release.archive).unlink()
     from_folder = load_cifar(release, root)
     for part in ("train", "test"):
@@ -214,10 +215,15 @@ def test_embedded_set_is_small_balanced_and_verified(tmp_path):
 
 
 @pytest.mark.needs_data
-def test_embedded_set_is_made_again_with_the_same_bytes(tmp_path):
+def test_embedded_set_is_made_again_with_the_same_images(tmp_path):
+    """Array by array: how an archive is compressed differs from one zlib to the next."""
     if not fashion_mnist.DEBIAN_FOLDER.is_dir():
         pytest.skip("no Debian package dataset-fashion-mnist")
-    assert make_embedded(fashion_mnist.DEBIAN_FOLDER, tmp_path / "again.npz") == SHA256
+    digest = make_embedded(fashion_mnist.DEBIAN_FOLDER, tmp_path / "again.npz")
+    assert digest == hashlib.sha256((tmp_path / "again.npz").read_bytes()).hexdigest()
+    with np.load(tmp_path / "again.npz") as again, np.load(EMBEDDED_FILE) as embedded:
+        assert again.files == embedded.files
+        assert all(np.array_equal(again[name], embedded[name]) for name in embedded.files)
 
 
 @pytest.fixture

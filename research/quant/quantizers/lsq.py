@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from research.processes import process_count
 from research.quant.clipping import check_mask, clip_codes
 from research.quant.fused import WITH_CONVOLUTION, UniformGrid
 from research.quant.latest import Latest
+from research.quant.processes import process_count
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ranges import initial_scale
 from research.quant.ste import scale_gradient
