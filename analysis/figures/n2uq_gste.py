@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis.collect import Row
 from analysis.figures.base import Drawn, figure_script, panels, plain, styles
-from research.quant.quantizers.n2uq import gste_ramp, segments
+from research.quant.gste import gste_ramp, segments
 
 LENGTHS = (0.35, 0.55, 1.1)
 LEARNED, EQUAL = "learned segments (G-STE)", "equal segments (STE)"

@@ -1,4 +1,5 @@
-"""What torch.compile has to be told so that its cache never gives a job the kernels of another machine state."""
+"""What torch.compile has to be told: so that its cache never gives a job the kernels of another machine state, and so
+that its kernels for processors are as fast as they can be."""
 
 from __future__ import annotations
 
@@ -21,7 +22,12 @@ def compiler_options(threads: int) -> dict[str, Any]:
     run what one has left whose check for vector instructions failed.
     """
     options: dict[str, Any] = {"cpp.threads": threads}
-    if not torch.cuda.is_available() and not vectorises():
+    if torch.cuda.is_available():
+        return options
+    from research.quant.masks import KeepNoMasks  # imports the compiler
+
+    options["custom_partitioner_fn"] = KeepNoMasks()
+    if not vectorises():
         options["cpp.simdlen"] = 1  # scalar, as it would be anyway
     return options
 

@@ -189,13 +189,18 @@ def _shaped(flat: Tensor, like: Tensor) -> Tensor:
     return flat.as_strided(like.shape, like.stride())
 
 
-def _refuse_second_derivatives() -> None:
+def refuse_second_derivatives() -> None:
     """An error where a graph of the backward pass is asked for: parts of it would be missing without a word."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the fused quantizers have first derivatives only: evaluate inside "
             "research.learning.double_backward.twice_differentiable(net), and declare needs_double_backward"
         )
+
+
+def total(terms: Tensor) -> Tensor:
+    """The sum (0-dim), taken by channel first, as a batch-norm's sums are: a compiler makes one loop of them."""
+    return terms.sum([axis for axis in range(terms.ndim) if axis != 1]).sum()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -211,15 +216,13 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through inside the range."""
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         x, scale = ctx.saved_tensors
         return *_backward(x, scale, grad, ctx.grid, ctx.kernels), None, None
 
 
 class _TracedFakeQuantize(torch.autograd.Function):
-    """The same on whole tensors. The scale's gradient is summed by channel first, as a batch-norm's sums are: a
-    compiler makes one loop of them.
-    """
+    """The same on whole tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
@@ -231,11 +234,10 @@ class _TracedFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through inside the range."""
         if not torch.compiler.is_compiling():
-            _refuse_second_derivatives()
+            refuse_second_derivatives()
         x, scale, low, high, factor = ctx.saved_tensors
         inside, terms = _backward_terms(x, scale, grad, low, high)
-        by_channel = terms.sum([axis for axis in range(x.ndim) if axis != 1])
-        return inside, by_channel.sum() * factor, None, None, None
+        return inside, total(terms) * factor, None, None, None
 
 
 class _AffineFakeQuantize(torch.autograd.Function):
@@ -300,7 +302,7 @@ class _QuantizedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The convolution's gradients, the input's carried through the quantizer."""
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         x, scale, weight = ctx.saved_tensors
         x_hat = _forward(x, scale, ctx.grid, ctx.kernels).to(weight.dtype)
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]

@@ -1,13 +1,15 @@
-"""What keys the compiler's cache: the number of threads, and whether there are vector instructions."""
+"""What keys the compiler's cache, and what a compiled forward pass keeps."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor import cpu_vec_isa
 
 from research.quant.compiler import compiler_options, vectorises
+from research.quant.masks import KeepNoMasks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels for a GPU need no vector instructions")
 
@@ -21,8 +23,9 @@ def fresh() -> Iterator[None]:
 
 def test_jobs_with_other_numbers_of_threads_share_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: object())
-    assert compiler_options(1) == {"cpp.threads": 1}
-    assert compiler_options(2) == {"cpp.threads": 2}
+    one, two = compiler_options(1), compiler_options(2)
+    assert (one["cpp.threads"], two["cpp.threads"]) == (1, 2)
+    assert "cpp.simdlen" not in one and isinstance(one["custom_partitioner_fn"], KeepNoMasks)
 
 
 def test_without_vector_instructions_the_kernels_are_kept_apart_and_the_log_says_so_once(
@@ -36,7 +39,36 @@ def test_without_vector_instructions_the_kernels_are_kept_apart_and_the_log_says
 
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", failed)
     for _ in range(2):
-        assert compiler_options(1) == {"cpp.threads": 1, "cpp.simdlen": 1}
+        assert compiler_options(1)["cpp.simdlen"] == 1
     assert len(asked) == 1
     (record,) = caplog.records
     assert record.getMessage().startswith("compile: the compiler finds no vector instructions")
+
+
+def test_a_compiled_forward_pass_keeps_no_masks() -> None:
+    """The compiler by itself keeps the three masks below, for they are smaller than ``x``."""
+    x, noise = torch.randn(4, 8, 16, 16, requires_grad=True), torch.rand(4, 8, 16, 16)
+
+    def masked(x: Tensor) -> Tensor:
+        hidden = torch.where((x > 0.1) & (x <= 0.7), 2 * x, torch.where(x.sin() > 0.7, 3.0, 0.0))
+        return torch.where(noise > 0.5, hidden.cumsum(0), hidden)
+
+    def kept(options: dict[str, Any]) -> tuple[set[torch.dtype], Tensor, Tensor]:
+        torch.compiler.reset()
+        dtypes: set[torch.dtype] = set()
+
+        def note(tensor: Tensor) -> Tensor:
+            dtypes.add(tensor.dtype)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = torch.compile(masked, options=options)(x)
+        return dtypes, y, torch.autograd.grad(y.sum(), x)[0]
+
+    options = compiler_options(1)
+    dtypes, y, gradient = kept(options)
+    assert torch.bool not in dtypes
+    assert torch.bool in kept({key: value for key, value in options.items() if key != "custom_partitioner_fn"})[0]
+    expected = masked(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), x)[0])

@@ -22,6 +22,8 @@ QUARTILE = 0.6745
 DECAY = 0.9
 WEIGHT_RIDGE = 1e-4
 INPUT_RIDGE = 1e-10
+FEW = 16
+"""Levels that are gone through one by one; more are looked up."""
 
 
 def initial_basis(spread: Tensor, bits: int, signed: Tensor) -> Tensor:
@@ -56,6 +58,10 @@ def levels(basis: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
     return values, digits[order]
 
 
+def _midpoints(values: Tensor) -> Tensor:
+    return (values[..., :-1] + values[..., 1:]) / 2
+
+
 def nearest(x: Tensor, values: Tensor) -> Tensor:
     """Index of the nearest level: how many midpoints of neighbouring levels lie strictly below ``x`` (int64).
 
@@ -65,7 +71,7 @@ def nearest(x: Tensor, values: Tensor) -> Tensor:
         x: any shape.
         values: ascending levels, (2^K,) or a scale's shape with 2^K behind.
     """
-    midpoints = (values[..., :-1] + values[..., 1:]) / 2
+    midpoints = _midpoints(values)
     index = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
     for bit in reversed(range(values.shape[-1].bit_length() - 1)):
         higher = index + 2**bit
@@ -73,29 +79,61 @@ def nearest(x: Tensor, values: Tensor) -> Tensor:
     return index
 
 
-def least_squares_basis(
-    x: Tensor, digits: Sequence[Tensor], basis: Tensor, ridge: float, channel_axis: int | None = None
-) -> Tensor:
-    """``(B^T B + d I)^-1 (B^T x + d v)``: the basis that best rebuilds ``x`` from its codes, drawn to the present one.
+def nearest_level(x: Tensor, values: Tensor) -> Tensor:
+    """The level at `nearest`. Few are gone through one by one: no look-up, so that a compiler makes one loop of it."""
+    if values.shape[-1] > FEW:
+        return CODEBOOK.values(nearest(x, values), values)
+    level, *higher = values.unbind(-1)
+    level = level.expand(x.shape)
+    for midpoint, value in zip(_midpoints(values).unbind(-1), higher, strict=True):
+        level = torch.where(x > midpoint, value, level)
+    return level
+
+
+def level_sums(x: Tensor, values: Tensor, channel_axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """How many numbers are nearest to each level, and their sum: float64, both of the shape of ``values``.
 
     Args:
         x: data, any shape.
-        digits: the K columns of B, each of the shape of ``x``.
-        basis: v, (K,), or per channel a scale's shape with K behind.
+        values: ascending levels, (2^K,), or per channel a scale's shape with 2^K behind.
+        channel_axis: axis with levels per index, None for the same levels everywhere.
+    """
+    if values.shape[-1] > FEW:
+        index = nearest(x, values)
+        rows = torch.arange(values[..., 0].numel(), device=x.device).view(values.shape[:-1])
+        places = (index + values.shape[-1] * rows).flatten()
+        counts = torch.bincount(places, minlength=values.numel()).double()
+        sums = torch.zeros_like(counts).index_add_(0, places, x.flatten().double())
+        return counts.view(values.shape), sums.view(values.shape)
+    axes, keep = reduced_axes(x, channel_axis), channel_axis is not None
+
+    def total(numbers: Tensor) -> Tensor:
+        return numbers.sum(dim=axes, keepdim=keep, dtype=torch.float64)
+
+    above = [torch.ones_like(x), *((x > midpoint).to(x.dtype) for midpoint in _midpoints(values).unbind(-1))]
+    sums_above = [torch.stack([total(part * factor) for part in above], -1) for factor in (1.0, x)]
+    counts, sums = (-torch.diff(each, append=torch.zeros_like(each[..., :1])) for each in sums_above)
+    return counts, sums
+
+
+def least_squares_basis(counts: Tensor, sums: Tensor, digits: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """``(B^T B + d I)^-1 (B^T x + d v)``: the basis that best rebuilds data from its codes, drawn to the present one.
+
+    A row of B are the digits of a number's code, so that both products need no more than `level_sums`.
+
+    Args:
+        counts, sums: of the numbers at each level, (..., 2^K).
+        digits: of each level's code, (..., 2^K, K).
+        basis: v, (..., K).
         ridge: d; 0 is plain least squares, singular where two digits always agree.
-        channel_axis: axis with a basis per index, None for one basis.
 
     Returns:
         float64, shape of ``basis``.
     """
-    axes, keep = reduced_axes(x, channel_axis), channel_axis is not None
-
-    def total(values: Tensor) -> Tensor:
-        return values.sum(dim=axes, keepdim=keep, dtype=torch.float64)
-
-    moment = torch.stack([total(digit * x) for digit in digits], -1)
-    gram = torch.stack([torch.stack([total(one * other) for other in digits], -1) for one in digits], -1)
-    unit = ridge * torch.eye(len(digits), dtype=torch.float64, device=x.device)
+    digits = digits.double()
+    gram = digits.mT @ (digits * counts.unsqueeze(-1))
+    moment = (digits * sums.unsqueeze(-1)).sum(-2)
+    unit = ridge * torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)
     solved: Tensor = torch.linalg.solve_ex(gram + unit, moment + ridge * basis)[0]
     return solved
 
@@ -211,21 +249,19 @@ class LQNets(Quantizer):
         relaxed = self.relax(x, values)
         if not rounding:
             return relaxed
-        index = nearest(x.detach(), values)
         if self.training and torch.is_grad_enabled() and self.spec.bits:
-            self._update(x.detach(), index, digits)
-        return straight_through(CODEBOOK.values(index, values), relaxed)
+            self._update(x.detach(), values, digits)
+        return straight_through(nearest_level(x.detach(), values), relaxed)
 
-    def _update(self, x: Tensor, index: Tensor, digits: Tensor) -> None:
+    def _update(self, x: Tensor, values: Tensor, digits: Tensor) -> None:
         """One QEM step of the basis and its moving average; none at another width than the own."""
         target = self._broadcast
         ridge = WEIGHT_RIDGE if self.role == "weight" else INPUT_RIDGE * x.numel()
         for iteration in range(self.iterations):
             if iteration:
                 values, digits = levels(target, self.signed)
-                index = nearest(x, values)
-            columns = [CODEBOOK.values(index, column) for column in digits.unbind(-1)]
-            target = least_squares_basis(x, columns, target, ridge, self.channel_axis).to(self.basis.dtype)
+            counts, sums = level_sums(x, values, self.channel_axis)
+            target = least_squares_basis(counts, sums, digits, target, ridge).to(self.basis.dtype)
         own = (self.bits >= self.spec.bits).all()
         average = DECAY * self.average + (1 - DECAY) * target.view_as(self.average)
         self.average.copy_(torch.where(own, average, self.average))

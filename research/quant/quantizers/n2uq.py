@@ -10,63 +10,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from research.quant.gste import fused_gste, gste_ramp, segments, stretched
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.quantizers.liq import round_midrise
 from research.quant.ranges import initial_scale, reduced_axes
 from research.quant.ste import straight_through
 
 RANGE = 2.0
-LEAST_LENGTH = 1e-3
 TINY = 1e-12
-FEW = 15
-"""Segments that are gone through one by one; more are looked up, which costs the same for any number."""
 GRAD_MODES = ("official", "plain")
-
-
-def segments(start: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """``(borders (L + 1,), lengths (L,))`` of the segments from ``start`` (0-dim) and ``a`` (L,), in units of ``u``.
-
-    ``a'_i = max(a_i, 1e-3)``, without gradient where the floor acts; ``d_i = start + a'_1 + ... + a'_i``.
-    """
-    lengths = torch.where(a > LEAST_LENGTH, a, torch.full_like(a, LEAST_LENGTH))
-    return start + F.pad(torch.cumsum(lengths, 0), (1, 0)), lengths
-
-
-def gste_ramp(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The piecewise linear surrogate of G-STE and the number of thresholds below ``u``, both of the shape of ``u``.
-
-    With ``d`` the borders and ``a`` the lengths: the ramp is ``i - 1 + (u - d_{i-1}) / a_i`` for
-    ``d_{i-1} < u <= d_i``, 0 before and L behind all segments: the mean of stochastic rounding within a segment. The
-    thresholds ``T_i = d_{i-1} + a_i / 2`` are where it gives ``i - 1/2``. In units of codes; differentiable twice in
-    all three arguments, the count without gradient.
-    """
-    if len(lengths) <= FEW:
-        return _ramp_by_segment(u, borders, lengths)
-    return _ramp_by_table(u, borders, lengths)
-
-
-def _ramp_by_segment(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """`gste_ramp`, one comparison with every border: nothing but arithmetic, which a compiler makes one loop of."""
-    ramp = count = torch.zeros_like(u)
-    for start, end, length in zip(borders[:-1], borders[1:], lengths, strict=True):
-        behind = (u > end).to(u.dtype)
-        ramp = ramp + torch.where((u > start) & (u <= end), (u - start) * (1 / length), behind)
-        count = count + (u > start + length / 2).to(u.dtype)
-    return ramp, count
-
-
-def _ramp_by_table(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """`gste_ramp`, each element's segment looked up."""
-    index = torch.bucketize(u.detach().contiguous(), borders.detach())
-    inverse = F.pad(1 / lengths, (1, 1))
-    table = torch.stack([torch.cat([borders[:1], borders]), inverse], dim=1)
-    origin, slope = F.embedding(index, table).unbind(-1)
-    below = torch.clamp(index - 1, min=0).to(u.dtype)
-    thresholds = F.pad((borders[:-1] + lengths / 2).detach(), (1, 1), value=torch.inf)
-    count = below + (u.detach() > thresholds[index]).to(u.dtype)
-    return below + (u - origin) * slope, count
 
 
 def mean_magnitude(w: Tensor, channel_axis: int | None = None) -> Tensor:
@@ -144,13 +97,16 @@ class N2UQ(Quantizer):
         borders, lengths = segments(self.start, self.a)
         return borders[:-1] + lengths / 2
 
+    def _stretch(self) -> Tensor:
+        """Codes of the present width for one of the width at construction (0-dim); exactly 1 at the latter."""
+        assert self.a is not None
+        return self.limits()[1].to(self.a.dtype) / len(self.a)
+
     def _ltq(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Ramp and codes of an input at the present width."""
         assert self.start is not None and self.a is not None and self.scale1 is not None
         ramp, count = gste_ramp(self.scale1 * x, *segments(self.start, self.a))
-        own = self.bits == self.spec.bits
-        ramp = torch.where(own, ramp, ramp * self.limits()[1] / len(self.a))
-        return ramp, torch.where(own, count, torch.ceil(ramp.detach() - 0.5))
+        return stretched(ramp, count, self._stretch())
 
     def transform(self, x: Tensor) -> Tensor:
         """The ramp of an input, or a weight clipped, in units of codes."""
@@ -171,7 +127,10 @@ class N2UQ(Quantizer):
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """The quantized value: an input's with G-STE, a weight's with the derivative that ``grad_mode`` says."""
-        if not self.midrise:
+        if self.start is not None and self.a is not None and self.scale1 is not None:
+            if rounding and self.kernels not in (None, "affine"):
+                borders, lengths = segments(self.start, self.a)
+                return fused_gste(x, self.scale1, self.scale, borders, lengths, self._stretch())
             ramp, codes = self._ltq(x)
             return self.dequantize(straight_through(codes, ramp) if rounding else ramp)
         scale = self._weight_scale(mean_magnitude(x, self.channel_axis))

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from research.learning.evaluation import cloned_buffers
 from research.quant.convert import convert
 from research.quant.passes import passes
-from research.quant.quantizers import QuantizerSpec, build_quantizer
+from research.quant.quantizers import QuantizerSpec, build_quantizer, lq_nets
 from research.quant.quantizers.lq_nets import (
+    CODEBOOK,
     QUARTILE,
     WEIGHT_RIDGE,
     LQNets,
     initial_basis,
     least_squares_basis,
+    level_sums,
     levels,
     nearest,
+    nearest_level,
 )
 from research.quant.recipe import Recipe
 
@@ -42,15 +45,17 @@ def with_basis(quantizer: LQNets, *basis: float) -> LQNets:
     return quantizer.double()
 
 
-def columns(index: Tensor, digits: Tensor) -> list[Tensor]:
-    return [column[index] for column in digits.unbind(-1)]
-
-
-def error(x: Tensor, basis: Tensor, signed: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Squared error at the nearest levels, and the columns of their digits."""
+def error(x: Tensor, basis: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error at the nearest levels, and the digits of their codes."""
     values, digits = levels(basis, signed)
     index = nearest(x, values)
-    return (x - values[index]).square().sum(), columns(index, digits)
+    return (x - values[index]).square().sum(), digits[index]
+
+
+def moved(x: Tensor, basis: Tensor, signed: Tensor, ridge: float, axis: int | None = None) -> Tensor:
+    """The least-squares basis for the codes that ``basis`` gives."""
+    values, digits = levels(basis, signed)
+    return least_squares_basis(*level_sums(x, values, axis), digits, basis.double(), ridge)
 
 
 # -- golden vectors ------------------------------------------------------------------------------------------------
@@ -98,13 +103,8 @@ def test_golden_least_squares(golden: Callable[[str], Golden], tag: str) -> None
     """Float64: the solution of every step, from the codes of its basis."""
     for x, basis, _, _, _, _, solution in steps(golden("lq_nets"), tag):
         weight = tag.startswith("w")
-        values, digits = levels(basis, torch.tensor(weight))
-        index = nearest(x, values)
-        assert (index > 0).any()
-        channels = torch.arange(len(x)).reshape(-1, 1, 1, 1)
-        picked = digits[channels, 0, 0, 0, index] if weight else digits[index]
         ridge, axis = (WEIGHT_RIDGE, 0) if weight else (0.0, None)
-        found = least_squares_basis(x.double(), list(picked.double().unbind(-1)), basis.double(), ridge, axis)
+        found = moved(x, basis, torch.tensor(weight), ridge, axis)
         torch.testing.assert_close(found, solution, rtol=1e-8, atol=1e-10)
 
 
@@ -114,11 +114,10 @@ def test_golden_least_squares(golden: Callable[[str], Golden], tag: str) -> None
 def test_one_bit_is_the_mean_magnitude() -> None:
     x = torch.randn(50, dtype=torch.float64)
     basis = torch.tensor([0.6], dtype=torch.float64)
-    values, digits = levels(basis, SIGNED)
+    values, _ = levels(basis, SIGNED)
     assert values.tolist() == [-0.6, 0.6]
-    index = nearest(x, values)
-    assert torch.equal(index == 1, x > 0)
-    found = least_squares_basis(x, columns(index, digits), basis, WEIGHT_RIDGE)
+    assert torch.equal(nearest(x, values) == 1, x > 0)
+    found = moved(x, basis, SIGNED, WEIGHT_RIDGE)
     expected = (x.abs().sum() + WEIGHT_RIDGE * 0.6) / (50 + WEIGHT_RIDGE)
     torch.testing.assert_close(found, expected.reshape(1), rtol=1e-14, atol=0)
 
@@ -137,11 +136,11 @@ def test_a_step_never_adds_to_the_error(signed: Tensor) -> None:
     x, basis = data if signed else data.relu(), torch.tensor([0.2, 0.7, 1.1], dtype=torch.float64)
     for _ in range(5):
         before, digits = error(x, basis, signed)
-        moved = least_squares_basis(x, digits, basis, WEIGHT_RIDGE if signed else 0.0)
-        rebuilt = (x - torch.stack(digits, -1) @ moved).square().sum()
-        after, _ = error(x, moved, signed)
+        better = moved(x, basis, signed, WEIGHT_RIDGE if signed else 0.0)
+        rebuilt = (x - digits @ better).square().sum()
+        after, _ = error(x, better, signed)
         assert after <= rebuilt * (1 + 1e-12) <= before * (1 + 1e-11)
-        basis = moved
+        basis = better
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_fixed_points_of_a_gaussian(signed: Tensor, bits: int, expected: list[fl
     x = torch.special.ndtri(share) if signed else torch.special.ndtri(share).relu()
     basis = initial_basis(torch.tensor(1.0, dtype=torch.float64), bits, signed)
     for _ in range(200):
-        basis = least_squares_basis(x, error(x, basis, signed)[1], basis, 0.0)
+        basis = moved(x, basis, signed, 0.0)
     assert float(error(x, basis, signed)[0] / len(x)) == pytest.approx(mse, rel=5e-3)
     if expected is not None:
         assert basis.tolist() == pytest.approx(expected, rel=5e-3)
@@ -203,7 +202,7 @@ def test_the_first_update(debias: bool) -> None:
     quantizer = make("input", 2, debias=debias)
     quantizer.initialise(x)
     start = quantizer.basis.clone()
-    target = least_squares_basis(x, error(x, start, UNSIGNED)[1], start, 0.0).float()
+    target = moved(x, start, UNSIGNED, 0.0).float()
     quantizer(x)
     expected = target if debias else 0.9 * start + 0.1 * target
     torch.testing.assert_close(quantizer.basis, expected, rtol=1e-6, atol=0)
@@ -220,7 +219,7 @@ def test_two_iterations_encode_anew() -> None:
         quantizer = with_basis(make("weight", 2, iterations=iterations), 0.2, 0.9)
         quantizer(x)
         bases.append(quantizer.basis)
-    expected = least_squares_basis(x, error(x, bases[0], SIGNED)[1], bases[0], WEIGHT_RIDGE)
+    expected = moved(x, bases[0], SIGNED, WEIGHT_RIDGE)
     torch.testing.assert_close(bases[1], expected, rtol=1e-12, atol=0)
 
 
@@ -302,3 +301,25 @@ def test_midpoints_fall_to_the_lower_level() -> None:
         middle = torch.tensor((low + high) / 2)
         assert values[nearest(middle, values)] == low
         assert values[nearest(torch.nextafter(middle, torch.tensor(9.0)), values)] == high
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("bits", [2, 5])
+def test_levels_one_by_one_and_looked_up_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, bits: int, axis: int | None
+) -> None:
+    """Values bit for bit, on midpoints too; counts exactly, sums to rounding."""
+    rows = (3, 1, 1) if axis == 0 else ()
+    basis = initial_basis(torch.rand(rows) + 0.5, bits, SIGNED)
+    values, _ = levels(basis, SIGNED)
+    x = torch.randn(3, 20, 30)
+    x[:, 0, : 2**bits - 1] = ((values[..., :-1] + values[..., 1:]) / 2).view(-1, 2**bits - 1)[:, :30]
+    found = {}
+    for few in (0, 100):
+        monkeypatch.setattr(lq_nets, "FEW", few)
+        found[few] = nearest_level(x, values), *level_sums(x, values, axis)
+    (looked_up, counts, sums), (same, counted, added) = found.values()
+    assert torch.equal(looked_up, same) and torch.equal(looked_up, CODEBOOK.values(nearest(x, values), values))
+    assert torch.equal(counts, counted) and counts.sum() == x.numel()
+    torch.testing.assert_close(sums, added, rtol=1e-10, atol=1e-10)
+    assert sums.dtype == torch.float64

@@ -15,8 +15,9 @@ from research.deploy.onnx import export_onnx
 from research.models.bias_prelu import BiasPReLU
 from research.quant.calibrate import calibrate
 from research.quant.convert import convert
+from research.quant.gste import _ramp_by_segment, _ramp_by_table, gste_ramp, segments
 from research.quant.quantizers import QuantizerSpec, build_quantizer
-from research.quant.quantizers.n2uq import N2UQ, RANGE, _ramp_by_segment, _ramp_by_table, gste_ramp, segments
+from research.quant.quantizers.n2uq import N2UQ, RANGE
 from research.quant.recipe import Recipe
 from research.targets import resolve_target
 
@@ -324,3 +325,27 @@ def test_both_ways_to_the_ramp_are_one_function(bits: int) -> None:
     assert torch.equal(ramp, same) and torch.equal(count, counted)
     for one, other in zip(found, expected, strict=True):
         close(one, other)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("bits", "present"), [(1, 1), (2, 2), (3, 2), (3, 5), (6, 6), (2, 0)])
+def test_the_fused_form_is_the_reference(bits: int, present: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Values bit for bit, every gradient to rounding, with few and many segments, at the own width and at others."""
+    quantizer = uneven(bits).to(dtype)
+    quantizer.bits = torch.tensor(float(present))
+    x = torch.linspace(-1, 4, 6000, dtype=dtype).view(3, 4, 20, 25).requires_grad_()
+    upstream = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    learned = [getattr(quantizer, name) for name in LEARNED]
+
+    def everything(kernels: str | None) -> list[Tensor]:
+        quantizer.kernels = kernels
+        values = quantizer(x)
+        return [values, *torch.autograd.grad((values * upstream).sum(), (x, *learned))]
+
+    (values, *gradients), (expected_values, *expected) = everything("traced"), everything(None)
+    assert torch.equal(values, expected_values)
+    for found, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
+    quantizer.kernels = "eager"
+    with pytest.raises(RuntimeError, match="needs_double_backward"):
+        torch.autograd.grad((quantizer(x) * upstream).sum(), x, create_graph=True)
