@@ -33,6 +33,8 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 		preface=analysis/prefaces/three_epochs.md
 	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3*/*' output=docs/results/bits_per_layer.md \
 		'title=Bits per layer on CIFAR-10' preface=analysis/prefaces/bits_per_layer.md columns=weight_bits,changes
+	$(TABLES) 'runs=$(RECORDS)/allocation_*/*' output=docs/results/bits_three_epochs.md \
+		'title=Bits per layer, three epochs' preface=analysis/prefaces/bits_three_epochs.md columns=weight_bits,changes
 	$(TABLES) 'runs=$(RECORDS)/sweep_lsq_recipe/*' output=docs/results/lsq_recipe.md 'title=LSQ recipe at two bits' \
 		preface=analysis/prefaces/lsq_recipe.md columns=optimizer.lr,quantizer.weight.init,quantizer.input.init
 	$(TABLES) 'runs=$(RECORDS)/*/*' measured=curvature output=docs/results/curvature.md \

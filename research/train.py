@@ -23,8 +23,8 @@ from research.learning.guard import NonFiniteGuard
 from research.learning.hooks import skip_empty_hooks
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
-from research.quant.recipe import table_to_plain
 from research.results import seal
+from research.runs.allocation import write_table
 from research.runs.checkpoint import RunCheckpoint, VerifiedCheckpointIO, load_checkpoint, load_newest
 from research.runs.environment import snapshot
 from research.runs.folder import RunFolder
@@ -90,7 +90,7 @@ def write_records(config: dict[str, Any], folder: RunFolder, overrides: list[str
     log.info("run folder %s\n%s", folder.path, module.describe())
     write_config(folder.config_path, recorded(config))
     write_config(folder.overrides_path, overrides)
-    write_config(folder.table_path, table_to_plain(module.table))
+    write_table(folder.table_path, module.table)
     write_json(folder.environment_path, snapshot())
 
 

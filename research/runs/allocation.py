@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from research.quant.allocation import SLOTS, Allocation
 from research.quant.recipe import SLOT_KEYS, Table, make_spec, table_to_plain
-from research.runs.records import read_config, write_config
+from research.runs.files import atomic_write_text
+from research.runs.records import read_config
 
 ALLOCATION = "allocation.yaml"
 """Name of the file in the folder of a run that searched for widths."""
@@ -24,7 +28,29 @@ def write_allocation(path: Path, allocation: Allocation, base: Table) -> None:
     Raises:
         ValueError: the two do not fit, or the folder cannot be written.
     """
-    write_config(path, table_to_plain(allocation.table(base)))
+    write_table(path, allocation.table(base))
+
+
+class _Line(dict[str, Any]):
+    """A mapping that is written on one line."""
+
+
+class _TableDumper(yaml.SafeDumper):
+    pass
+
+
+_TableDumper.add_representer(
+    _Line, lambda dumper, line: dumper.represent_mapping("tag:yaml.org,2002:map", line, flow_style=True)
+)
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a resolved recipe table, a line for each quantizer, atomically."""
+    lines = {
+        name: {slot: None if settings is None else _Line(settings) for slot, settings in slots.items()}
+        for name, slots in table_to_plain(table).items()
+    }
+    atomic_write_text(path, yaml.dump(lines, Dumper=_TableDumper, sort_keys=False, allow_unicode=True, width=200))
 
 
 def read_allocation(path: Path) -> Allocation:
