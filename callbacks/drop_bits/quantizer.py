@@ -106,9 +106,9 @@ class DroppedBits(SRQ):
         x = within_reach(x, *levels.limits, noise)
         codes = most_probable(x, levels, noise)
         if self.mcste == "all_classes":
-            points, valid = self.near_points(codes, levels.low[-1], levels.high[-1])
-            masses = torch.where(valid, mask_of(points, levels) * self.point_masses(x, points, noise), 0.0)
-            return straight_through(codes, mean_code(points, masses)) * noise.scale
+            points, masses = self.near_masses(x, codes, noise, levels.low[-1], levels.high[-1])
+            masked = [mask_of(point, levels) * mass for point, mass in zip(points, masses, strict=True)]
+            return straight_through(codes, mean_code(points, masked)) * noise.scale
         mass = mask_of(codes, levels) * grid_mass(x, codes, codes, 1, noise)
         probability = mass / masked_mass(x, levels, noise)
         return codes * straight_through(torch.ones_like(probability), probability) * noise.scale

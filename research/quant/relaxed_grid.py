@@ -8,6 +8,7 @@ the probability ``pi_i = (c(g_i + alpha/2) - c(g_i - alpha/2) + f) / sum_j (...)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -30,10 +31,6 @@ class Noise(NamedTuple):
     scale: Tensor
     sigma: Tensor
     fuzz: float
-
-    def expand(self) -> Noise:
-        """For values with an axis of grid points behind the others."""
-        return Noise(self.scale[..., None], self.sigma[..., None], self.fuzz)
 
 
 def grid_mass(x: Tensor, low: Tensor, high: Tensor, count: Tensor | int, noise: Noise) -> Tensor:
@@ -72,18 +69,22 @@ def stochastic_mass(x: Tensor, points: Tensor, noise: Noise) -> Tensor:
     return torch.relu(1 - (points - x / noise.scale).abs()) + noise.fuzz
 
 
-def window(codes: Tensor, low: Tensor, high: Tensor, size: int) -> Tensor:
-    """``size`` neighbouring codes around ``codes``, (..., size); on a grid of at most ``size`` points all of them.
+def window(codes: Tensor, low: Tensor, high: Tensor, size: int) -> list[Tensor]:
+    """``size`` neighbouring codes around ``codes``, ascending, each of their shape; all of a grid of ``size`` or less.
 
-    RQ's local grid, with a fixed number of points. Where the grid has fewer, the last ones are above ``high``.
+    RQ's local grid, with a fixed number of points. Where the grid has fewer, the last ones are above ``high``. They
+    are no further axis: what is computed of them is elementwise, which a compiler makes one loop of.
     """
     start = torch.clamp(codes - size // 2, min=low, max=torch.maximum(high + 1 - size, low))
-    return start[..., None] + torch.arange(size, dtype=codes.dtype, device=codes.device)
+    return [start + i for i in range(size)]
 
 
-def mean_code(points: Tensor, masses: Tensor) -> Tensor:
-    """``sum_i m_i i / sum_i m_i`` over the last axis of codes and masses (..., points)."""
-    return (masses * points).sum(-1) / masses.sum(-1)
+def mean_code(points: Iterable[Tensor], masses: Iterable[Tensor]) -> Tensor:
+    """``sum_i m_i i / sum_i m_i`` of codes and their masses, one tensor for each i."""
+    moment = total = torch.zeros(())
+    for point, mass in zip(points, masses, strict=True):
+        moment, total = moment + mass * point, total + mass
+    return moment / total
 
 
 def gumbel_noise(like: Tensor) -> Tensor:

@@ -112,19 +112,20 @@ class RelaxedQuantizer(Quantizer):
         """
         raise NotImplementedError
 
-    def near_points(self, codes: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Grid points around ``codes``, and which of them are on the grid; both (..., points)."""
-        points = window(codes, low, high, self.points)
-        return points, points <= high[..., None]
+    def point_mass(self, x: Tensor, point: Tensor, noise: Noise) -> Tensor:
+        """`grid_mass` of a single point for each element of ``x``, of its shape."""
+        return grid_mass(x, point, point, 1, noise)
 
-    def point_masses(self, x: Tensor, points: Tensor, noise: Noise) -> Tensor:
-        """`grid_mass` of every single one of the points (..., points)."""
-        return grid_mass(x[..., None], points, points, 1, noise.expand())
+    def near_masses(
+        self, x: Tensor, codes: Tensor, noise: Noise, low: Tensor, high: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Grid points around ``codes`` and their masses, 0 above ``high``."""
+        points = window(codes, low, high, self.points)
+        return points, [torch.where(point <= high, self.point_mass(x, point, noise), 0.0) for point in points]
 
     def expected_codes(self, x: Tensor, codes: Tensor, noise: Noise) -> Tensor:
         """``sum_i pi_i i`` over the points near ``codes``: the mean of the noisy quantizer, in units of codes."""
-        points, valid = self.near_points(codes, *self.limits())
-        return mean_code(points, torch.where(valid, self.point_masses(x, points, noise), 0.0))
+        return mean_code(*self.near_masses(x, codes, noise, *self.limits()))
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

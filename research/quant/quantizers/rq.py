@@ -13,7 +13,7 @@ from torch import Tensor
 
 from research.quant.quantizers.base import QuantizerSpec, Role
 from research.quant.quantizers.relaxed import RelaxedQuantizer
-from research.quant.relaxed_grid import Noise, gumbel_noise, relaxed_choice, stochastic_mass
+from research.quant.relaxed_grid import Noise, gumbel_noise, relaxed_choice, stochastic_mass, window
 from research.quant.ste import straight_through
 
 Sample = Literal["relaxed", "hard"]
@@ -63,20 +63,23 @@ class RQ(RelaxedQuantizer):
         if noise == "uniform":
             self.log_sigma.requires_grad_(False)
 
-    def point_masses(self, x: Tensor, points: Tensor, noise: Noise) -> Tensor:
-        """`RelaxedQuantizer.point_masses`, with either kind of noise."""
+    def point_mass(self, x: Tensor, point: Tensor, noise: Noise) -> Tensor:
+        """`RelaxedQuantizer.point_mass`, with either kind of noise."""
         if self.noise == "logistic":
-            return super().point_masses(x, points, noise)
-        inside = torch.clamp(x / noise.scale, *self.limits()) * noise.scale
-        return stochastic_mass(inside[..., None], points, noise.expand())
+            return super().point_mass(x, point, noise)
+        return stochastic_mass(torch.clamp(x / noise.scale, *self.limits()) * noise.scale, point, noise)
 
     def relaxed_codes(self, x: Tensor, codes: Tensor, noise: Noise) -> Tensor:
         """A sample in training, else ``codes`` with the derivatives of the expected ones."""
         if not self.training:
             return straight_through(codes, self.expected_codes(x, codes, noise))
-        points, valid = self.near_points(codes, *self.limits())
-        log_masses = torch.where(valid, torch.log(self.point_masses(x, points, noise)), -torch.inf)
-        return self.sampled_codes(points, log_masses, gumbel_noise(log_masses))
+        low, high = self.limits()
+        points = window(codes, low, high, self.points)
+        log_masses = torch.stack(
+            [torch.where(point <= high, torch.log(self.point_mass(x, point, noise)), -torch.inf) for point in points],
+            -1,
+        )
+        return self.sampled_codes(torch.stack(points, -1), log_masses, gumbel_noise(log_masses))
 
     def sampled_codes(self, points: Tensor, log_masses: Tensor, gumbel: Tensor) -> Tensor:
         """The sample's codes for given noise; all arguments (..., points)."""

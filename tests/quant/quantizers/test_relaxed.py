@@ -16,7 +16,6 @@ from research.quant.relaxed_grid import (
     Noise,
     grid_mass,
     gumbel_noise,
-    mean_code,
     relaxed_choice,
     stochastic_mass,
     window,
@@ -69,8 +68,9 @@ def probabilities(quantizer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of the whole grid and ``pi``, (..., points)."""
     low, high = quantizer.limits()
     points = window(torch.round(quantizer.transform(x).detach()), low, high, 2 ** int(quantizer.bits))
-    masses = quantizer.point_masses(x, points, quantizer.noise_for(x))
-    return points, masses / masses.sum(-1, keepdim=True)
+    noise = quantizer.noise_for(x)
+    masses = torch.stack([quantizer.point_mass(x, point, noise) for point in points], -1)
+    return torch.stack(points, -1), masses / masses.sum(-1, keepdim=True)
 
 
 def test_golden_probabilities_and_evaluation(case: Case) -> None:
@@ -174,7 +174,7 @@ def test_the_derivatives_are_those_of_the_stated_surrogate(estimator: str) -> No
         own = pi.gather(-1, (codes + 4).long()[:, None]).squeeze(-1)
         _, start = probabilities(make("srq", 3), x)
         if estimator == "srqall":
-            return alpha * (codes + mean_code(points, pi) - mean_code(points, start)).sum()
+            return alpha * (codes + (points * pi).sum(-1) - (points * start).sum(-1)).sum()
         return alpha * (codes * (1 + own - start.gather(-1, (codes + 4).long()[:, None]).squeeze(-1))).sum()
 
     step = 1e-6
@@ -278,7 +278,7 @@ def test_more_than_four_bits_look_at_the_nearest_points(name: str) -> None:
     expected = quantizer.expected_codes(x, torch.round(quantizer.transform(x).detach()), quantizer.noise_for(x))
     points, pi = probabilities(quantizer, x)
     assert points.shape[-1] == 256 and quantizer.points == 16
-    close(expected, mean_code(points, pi).detach(), 0.02)
+    close(expected, (points * pi).sum(-1).detach(), 0.02)
     assert float((quantizer(x) / 0.25).detach().abs().max()) <= 128
 
 
