@@ -15,7 +15,7 @@ from research.runs.measurements import Measurement, read_measurements
 from research.runs.ptq import read_ptq
 from research.runs.records import Metric, read_metrics, read_summary
 
-TOLD_ELSEWHERE = ("experiment", "seed", "logger", "paths", "hydra")
+TOLD_ELSEWHERE = ("experiment", "name", "seed", "logger", "paths", "hydra")
 """Overrides that tell what a run is anyway, or where it went."""
 
 
