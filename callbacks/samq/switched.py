@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from research.quant.fused import UniformGrid
+from research.quant.kernels import UniformGrid
 from research.quant.quantizers import Delegating, Quantizer, build_quantizer
 from research.quant.widths import SwitchableBatchNorm2d, picked_state, width_key
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -54,3 +56,55 @@ def has_compiler() -> bool:
     if torch.cuda.is_available():
         return True
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+
+
+class FlatKernel:
+    """A function of 1-D tensors of one length and 0-dim tensors, flat ones first, compiled for every length.
+
+    On processors it is compiled directly. `torch.compile` checks at every call, in 40 to 100 microseconds, that the
+    arguments are what it compiled for; here the caller promises dense tensors of one length.
+    Kernels are kept by dtypes, by number of threads, and by whether a tensor is short: those for short ones are planned
+    for a single thread.
+
+    Args:
+        function: what to compile.
+        short: greatest length that a single thread is to work on.
+    """
+
+    def __init__(self, function: Callable[..., Any], short: int) -> None:
+        self.function, self.short = function, short
+        self._made: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        """What the function gives, without a graph for derivatives."""
+        flat = arguments[0]
+        dtypes = tuple([argument.dtype for argument in arguments])
+        key = dtypes, flat.device, torch.get_num_threads(), flat.numel() <= self.short
+        if key not in self._made:
+            self._made[key] = self._make(arguments)
+        return self._made[key](*arguments)
+
+    def _make(self, arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
+        flat = arguments[0]
+        options = compiler_options(torch.get_num_threads())
+        if flat.is_cuda:
+            kernel = torch.compile(self.function, dynamic=True, fullgraph=True, options=options)
+            return lambda *tensors: kernel(*map(_plain, tensors))
+        from torch._inductor import standalone_compile  # as heavy as the compiler: only where it is used
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        length = self.short // 8 if flat.numel() <= self.short else 32 * self.short  # what the kernel is planned for
+        with torch.no_grad():
+            examples: list[Any] = [
+                argument.new_zeros(length) if argument.ndim else argument.clone() for argument in arguments
+            ]
+            # by way of a function without annotations, which the compiler's cache cannot read
+            graph = make_fx(lambda *tensors: self.function(*tensors), tracing_mode="symbolic")(*examples)
+        return standalone_compile(graph, examples, options={"config_patches": options})
+
+
+def _plain(x: Tensor) -> Tensor:
+    """``x`` (dense, 0- or 1-D) on the same memory, no view and without a graph: each is a reason to compile again."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+    )

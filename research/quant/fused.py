@@ -1,172 +1,81 @@
 """The fast path of uniform per-tensor quantizers: few passes over memory, nothing saved that can be recomputed.
 
 Same values and same derivatives as the detach form of `research.quant.ste`, which remains the reference: these
-functions are differentiable once and say so when asked for more, but for the ``affine`` ones. The arithmetic is mostly
-written on flat tensors in memory order, so that one kernel serves every shape and memory format.
+functions are differentiable once and say so when asked for more, but for the ``affine`` ones. The arithmetic is that of
+`research.quant.kernels`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from research.quant.compiler import compiler_options
+from research.quant.kernels import (
+    BLOCK,
+    UniformGrid,
+    backward_terms,
+    blocked_backward,
+    blocked_quantize,
+    compiled_backward,
+    compiled_quantize,
+    compiled_requantize_backward,
+    quantize,
+    quantize_backward,
+)
 
 Kernels = Literal["eager", "compiled", "traced", "affine"]
 """``traced``: for a network that is compiled as a whole, which fuses it into the layers around it; ``affine``: for
 derivatives of any order."""
 WITH_CONVOLUTION: tuple[Kernels, ...] = ("eager", "compiled")
 """Kernels that are one node with the convolution behind them."""
-Limit = Any
-"""A float, or a 0-dim tensor."""
-
-BLOCK = 1 << 15
-"""Elements that stay in a core's cache over all operations on them (128 KiB of float32), and the fewest that torch
-gives to one thread: a block has as many for every thread."""
 
 
-@dataclass(frozen=True)
-class UniformGrid:
-    """What a fused quantizer needs to know besides its input and its scale; 0-dim tensors: one graph for every width.
-
-    Attributes:
-        low: least code.
-        high: greatest code.
-        gradient_factor: what the gradient of the scale is multiplied by.
-    """
-
-    low: Tensor
-    high: Tensor
-    gradient_factor: Tensor
-
-    @cached_property
-    def bounds(self) -> tuple[float, float]:
-        """Least and greatest code as numbers."""
-        return float(self.low), float(self.high)
-
-
-def quantize(x: Tensor, scale: Tensor, low: Limit, high: Limit) -> Tensor:
-    """``s round(clip(x / s, low, high))`` of a flat tensor; ``scale`` is 0-dim (LSQ, equations 1 and 2)."""
-    return torch.round(torch.clamp(x / scale, low, high)) * scale
-
-
-def quantize_backward(x: Tensor, scale: Tensor, grad: Tensor, low: Limit, high: Limit) -> tuple[Tensor, Tensor]:
-    """Gradients of `quantize` at ``x`` (its shape) and at the scale (0-dim), straight through (LSQ, equations 3, 5).
-
-    The scale's is ``sum g (round(c) - c)`` with the clipped ``c``, plus ``sum g c`` over what was clipped.
-    """
-    inside, terms = _backward_terms(x, scale, grad, low, high)
-    return inside, terms.sum()
-
-
-def _backward_terms(x: Tensor, scale: Tensor, grad: Tensor, low: Limit, high: Limit) -> tuple[Tensor, Tensor]:
-    """`quantize_backward` without the sum."""
-    codes = x / scale
-    clipped = torch.clamp(codes, low, high)
-    inside = torch.where(codes == clipped, grad, 0.0)
-    error = torch.round(clipped) - clipped
-    return inside, grad * error + (grad - inside) * clipped
-
-
-def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
-    """Views of a flat tensor, one block each."""
-    return torch.split(flat, _block())
-
-
-def _block() -> int:
-    return BLOCK * torch.get_num_threads()
-
-
-def _blocked_quantize(x: Tensor, scale: Tensor, grid: UniformGrid) -> Tensor:
-    """`quantize`, block by block in place: one read of ``x`` and one write from the memory's point of view."""
-    output = torch.empty_like(x)
-    for values, target in zip(_blocks(x), _blocks(output), strict=True):
-        torch.div(values, scale, out=target)
-        target.clamp_(*grid.bounds).round_().mul_(scale)
-    return output
-
-
-def _blocked_quantize_backward(x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid) -> tuple[Tensor, Tensor]:
-    """`quantize_backward`, block by block in place."""
-    least, greatest = grid.bounds
-    output = torch.empty_like(x)
-    total = torch.zeros((), dtype=x.dtype, device=x.device)
-    size = min(_block(), x.numel())
-    below, above = _beside(least, x.dtype, -math.inf), _beside(greatest, x.dtype, math.inf)
-    first, second = torch.empty_like(x[:size]), torch.empty_like(x[:size])
-    for values, upstream, target in zip(_blocks(x), _blocks(grad), _blocks(output), strict=True):
-        clipped, rest = first[: values.numel()], second[: values.numel()]
-        torch.div(values, scale, out=clipped)
-        # the bounds count as inside: hardtanh's do not, so it gets the numbers next to them
-        torch.ops.aten.hardtanh_backward.grad_input(upstream, clipped, below, above, grad_input=target)
-        clipped.clamp_(least, greatest)
-        torch.round(clipped, out=rest)
-        total += torch.dot(upstream, rest.sub_(clipped))
-        total += torch.dot(torch.sub(upstream, target, out=rest), clipped)
-    return output, total
-
-
-@cache
-def _beside(value: float, dtype: torch.dtype, direction: float) -> float:
-    """The number of ``dtype`` next to ``value`` in a direction."""
-    neighbour = torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(direction, dtype=dtype))
-    return float(neighbour)
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as one graph for tensors of every length."""
-    return _compiled_for(function, torch.get_num_threads())
-
-
-@cache
-def _compiled_for(function: Callable[..., Any], threads: int) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True, options=compiler_options(threads))
-
-
-def _at_once(x: Tensor, kernels: Kernels) -> bool:
-    """Whether ``x`` takes the plain operations: on a GPU unless they are compiled, elsewhere where it is short.
-
-    The call of a compiled kernel costs more than a short tensor's arithmetic, and one first compiled for a short tensor
-    would use a single thread for tensors of every length.
-    """
-    return kernels == "eager" if x.is_cuda else x.numel() <= BLOCK
+def _whole(x: Tensor, kernels: Kernels) -> bool:
+    """Whether ``x`` takes whole-tensor operations, the eager form on a GPU and of short tensors."""
+    return kernels == "eager" and (x.is_cuda or x.numel() <= BLOCK)
 
 
 def _forward(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
     """De-quantized ``x``, float32 or wider, in its memory format."""
     values = x if x.dtype == torch.float64 else x.float()
-    if _at_once(values, kernels):
-        return quantize(values, scale, grid.low, grid.high)
+    if _whole(values, kernels):
+        return quantize(values, scale, *grid.limits)
     values = _dense(values)
     if kernels == "compiled":
-        flat = _compiled(quantize)(_flat(values), scale.detach(), grid.low, grid.high)
+        flat = compiled_quantize(_flat(values), scale.detach(), grid.low, grid.high)
     else:
-        flat = _blocked_quantize(_flat(values), scale, grid)
+        flat = blocked_quantize(_flat(values), scale, grid)
     return _shaped(flat, values)
 
 
-def _backward(x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Gradients at ``x`` (its dtype) and at the scale."""
+def _backward(
+    x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid, kernels: Kernels, requantize: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients at ``x`` (its dtype) and at the scale; with ``requantize`` also what `_forward` gave."""
     values = x if x.dtype == torch.float64 else x.float()
     upstream = grad.to(values.dtype)
-    if _at_once(values, kernels):
-        inside, total = quantize_backward(values, scale, upstream, grid.low, grid.high)
-        return inside.to(x.dtype), total * grid.gradient_factor
+    output: Tensor | None = None
+    if _whole(values, kernels):
+        inside, total = quantize_backward(values, upstream, scale, *grid.limits)
+        output = quantize(values, scale, *grid.limits) if requantize else None
+        return inside.to(x.dtype), total * grid.gradient_factor, output
     values = _dense(values)
     if upstream.stride() != values.stride():
         upstream = torch.empty_like(values).copy_(upstream)
-    arguments = _flat(values), scale.detach(), _flat(upstream)
-    if kernels == "compiled":
-        flat, total = _compiled(quantize_backward)(*arguments, grid.low, grid.high)
+    flats = _flat(values), _flat(upstream), scale.detach()
+    if kernels == "eager":
+        output = torch.empty_like(flats[0]) if requantize else None
+        inside, total = blocked_backward(*flats, grid, output)
+    elif requantize:
+        inside, total, output = compiled_requantize_backward(*flats, grid.low, grid.high)
     else:
-        flat, total = _blocked_quantize_backward(*arguments, grid)
-    return _shaped(flat, values).to(x.dtype), total * grid.gradient_factor
+        inside, total = compiled_backward(*flats, grid.low, grid.high)
+    if output is not None:
+        output = _shaped(output, values)
+    return _shaped(inside, values).to(x.dtype), total * grid.gradient_factor, output
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -175,13 +84,8 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A dense tensor's elements in memory order, 1-D, on the same memory.
-
-    No view: whether a tensor requires a gradient and what it is a view of would each be a reason for another graph.
-    """
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
-        x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,)
-    )
+    """A dense tensor's elements in memory order, 1-D."""
+    return x.as_strided((x.numel(),), (1,))
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:
@@ -218,7 +122,7 @@ class _FakeQuantize(torch.autograd.Function):
         """Straight through inside the range."""
         refuse_second_derivatives()
         x, scale = ctx.saved_tensors
-        return *_backward(x, scale, grad, ctx.grid, ctx.kernels), None, None
+        return *_backward(x, scale, grad, ctx.grid, ctx.kernels)[:2], None, None
 
 
 class _TracedFakeQuantize(torch.autograd.Function):
@@ -236,7 +140,7 @@ class _TracedFakeQuantize(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             refuse_second_derivatives()
         x, scale, low, high, factor = ctx.saved_tensors
-        inside, terms = _backward_terms(x, scale, grad, low, high)
+        inside, terms = backward_terms(x, grad, scale, low, high)
         return inside, total(terms) * factor, None, None, None
 
 
@@ -304,15 +208,20 @@ class _QuantizedConvolution(torch.autograd.Function):
         """The convolution's gradients, the input's carried through the quantizer."""
         refuse_second_derivatives()
         x, scale, weight = ctx.saved_tensors
-        x_hat = _forward(x, scale, ctx.grid, ctx.kernels).to(weight.dtype)
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_x, grad_weight, grad_bias = ctx.convolution.backward(
-            grad, x_hat, weight, ctx.bias, (need_x, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        )
-        del x_hat
-        grad_scale = None
-        if need_x:
-            grad_x, grad_scale = _backward(x, scale, grad_x, ctx.grid, ctx.kernels)
+        need_weight, need_bias = ctx.needs_input_grad[2:4]
+        grad_x = grad_scale = grad_weight = grad_bias = None
+        inputs = torch.empty_like(x, dtype=weight.dtype)  # of which the input's gradient takes nothing but the shape
+        if need_x:  # it comes first: one pass then takes it through the quantizer and makes the quantized input again
+            grad_x, _, _ = ctx.convolution.backward(grad, inputs, weight, ctx.bias, (True, False, False))
+            grad_x, grad_scale, x_hat = _backward(x, scale, grad_x, ctx.grid, ctx.kernels, requantize=need_weight)
+        else:
+            x_hat = _forward(x, scale, ctx.grid, ctx.kernels)
+        if need_weight or need_bias:
+            inputs = inputs if x_hat is None else x_hat.to(weight.dtype)
+            _, grad_weight, grad_bias = ctx.convolution.backward(
+                grad, inputs, weight, ctx.bias, (False, need_weight, need_bias)
+            )
         return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
 
 

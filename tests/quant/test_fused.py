@@ -1,12 +1,15 @@
 """The fast path equals the reference: values bit for bit, gradients to rounding, in eager and compiled form."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from research.quant import fused
-from research.quant.fused import BLOCK, Kernels
+from research.quant.compiler import FlatKernel
+from research.quant.fused import Kernels
+from research.quant.kernels import BLOCK, compiled_backward, compiled_quantize
 from research.quant.layers import QuantConv2d
 from research.quant.passes import passes, surrogate_gradients, use_kernels
 from research.quant.quantizers import QuantizerSpec
@@ -188,18 +191,20 @@ def test_what_the_fast_path_does_not_know_takes_the_reference() -> None:
 
 
 def test_compiled_kernels_are_one_graph_each_whatever_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("eager")
-    compiled = {
-        function: torch.compile(function, dynamic=True, fullgraph=True, backend=counter)
-        for function in (fused.quantize, fused.quantize_backward)
-    }
-    monkeypatch.setattr(fused, "_compiled", compiled.__getitem__)
+    made: list[tuple[str, bool]] = []
+
+    def counted(kernel: FlatKernel, arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
+        made.append((kernel.function.__name__, arguments[0].numel() <= BLOCK))
+        return kernel.function
+
+    monkeypatch.setattr(FlatKernel, "_make", counted)
+    for kernel in (compiled_quantize, compiled_backward):
+        monkeypatch.setattr(kernel, "_made", {})
     for training in (True, False):
         for bits in (2, 4, 8):
             q = quantizer(bits, True).requires_grad_(training)
             q.kernels = "compiled"
-            for shape in ((8, 3, 64, 64), (500, 16, 16), (600, 100), (40, 16, 9, 9)):
+            for shape in ((8, 3, 64, 64), (500, 16, 16), (600, 100), (40, 16, 9, 9), (3, 5), (7, 4, 3, 3)):
                 for layout in (torch.contiguous_format, torch.channels_last):
                     if layout == torch.channels_last and len(shape) != 4:
                         continue
@@ -209,4 +214,5 @@ def test_compiled_kernels_are_one_graph_each_whatever_they_are_given(monkeypatch
                         (y * y.detach()).sum().backward()
                     with torch.no_grad():
                         q((2 * x)[1:])
-    assert counter.frame_count == 2
+    names = ("quantize", "quantize_backward")
+    assert sorted(made) == sorted((name, short) for name in names for short in (True, False))

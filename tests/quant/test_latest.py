@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from research.quant.fused import BLOCK
+from research.quant.kernels import BLOCK
 from research.quant.latest import Latest
 from research.quant.passes import passes
 from research.quant.quantizers import QuantizerSpec

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from research.quant.fused import Kernels, UniformGrid, fused_fake_quantize
+from research.quant.fused import Kernels, fused_fake_quantize
 from research.quant.grid import Grid, code_limits
+from research.quant.kernels import UniformGrid
 from research.quant.ranges import METHODS
 from research.quant.ste import round_ste
 

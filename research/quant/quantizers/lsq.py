@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from research.quant.clipping import check_mask, clip_codes
-from research.quant.fused import WITH_CONVOLUTION, UniformGrid
+from research.quant.fused import WITH_CONVOLUTION
+from research.quant.kernels import UniformGrid
 from research.quant.latest import Latest
 from research.quant.processes import process_count
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
