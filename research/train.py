@@ -20,7 +20,7 @@ from research.config import build_data, build_module, plain, recorded
 from research.data import ImageDataModule
 from research.learning.epoch_line import EpochLine
 from research.learning.guard import NonFiniteGuard
-from research.learning.hooks import skip_empty_hooks
+from research.learning.hooks import NoProfiler, skip_empty_hooks
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
 from research.results import seal
@@ -57,6 +57,7 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
     """The Trainer of a plain config."""
     settings = dict(config["trainer"])
     precision = PRECISIONS[str(settings.pop("precision"))]
+    settings["profiler"] = settings.get("profiler") or NoProfiler()
     settings["enable_progress_bar"] = settings.get("enable_progress_bar", True) and sys.stdout.isatty()
     checkpoint = RunCheckpoint(folder.checkpoints, **config["checkpoint"])
     callbacks: list[Callback] = [

@@ -159,6 +159,12 @@ class ImageDataModule(LightningDataModule):
         """Batches of the test set, in order."""
         return self._evaluation_loader("test")
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """A batch that lies there already, as it is, without Lightning's search through its structure."""
+        if all(isinstance(tensor, Tensor) and tensor.device == device for tensor in batch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def check_calibration(self, key: str, count: int, batch_size: int) -> None:
         """Raise `ValueError`, naming the config key of `count`, unless the training part has so many batches."""
         self.setup()

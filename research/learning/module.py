@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -308,6 +309,10 @@ class QuantModule(pl.LightningModule):
                 module._forward_hooks.pop(handle.id, None)
         use_kernels(net, None)
         return net.eval()
+
+
+# Lightning asks for it at every step; without this, 40 microseconds to find it again
+QuantModule.training_step.__signature__ = inspect.signature(QuantModule.training_step)  # type: ignore[attr-defined]
 
 
 def _mechanic(slug: str, config: Mapping[str, Any], trusted: bool) -> Mechanic:
