@@ -11,7 +11,7 @@ import torch
 
 from research.learning.mechanic import Mechanic
 from research.models.structure import FloatModel
-from research.quant.compiler import compiler_options
+from research.quant.compiler import cache_derivatives, compiler_options
 from research.quant.passes import use_kernels
 
 Execution = Literal["none", "quantizers", "network"]
@@ -52,6 +52,7 @@ def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechan
     """
     if execution == "network":
         use_kernels(net, "traced")
+        cache_derivatives()
         options = compiler_options(torch.get_num_threads())
         net.compile(options={**options, "fallback_random": True})  # noise as in eager mode; faster on CPUs
         return "execution: the whole network compiled"

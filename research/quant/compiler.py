@@ -51,6 +51,18 @@ def vectorises() -> bool:
     return False
 
 
+def cache_derivatives() -> None:
+    """Have the compiler's cache keep networks in which functions have derivatives of their own, as quantizers do.
+
+    By default it does not, and every start traces the whole backward pass again. The two directions of such a function
+    are traced like everything else, and part of the cache's keys.
+    """
+    from torch._functorch import config
+
+    if hasattr(config, "autograd_cache_allow_custom_autograd_functions"):
+        config.autograd_cache_allow_custom_autograd_functions = True
+
+
 def has_compiler() -> bool:
     """Whether torch.compile finds what it needs here: a C++ compiler, or a GPU with Triton."""
     if torch.cuda.is_available():

@@ -1,6 +1,10 @@
 """What keys the compiler's cache, and what a compiled forward pass keeps."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +76,38 @@ def test_a_compiled_forward_pass_keeps_no_masks() -> None:
     expected = masked(x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), x)[0])
+
+
+CACHED = """
+import sys, torch
+from torch._dynamo.utils import counters
+from research.quant.compiler import cache_derivatives, compiler_options
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * FACTOR
+
+FACTOR = float(sys.argv[1])
+cache_derivatives()
+x = torch.ones(3, requires_grad=True)
+torch.compile(lambda x: Doubled.apply(x).sin(), options=compiler_options(1))(x).sum().backward()
+print(float(x.grad[0] / torch.cos(torch.tensor(2.0))), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_the_cache_keeps_functions_with_derivatives_of_their_own_and_knows_them_apart(tmp_path: Path) -> None:
+    def start(factor: int) -> list[float]:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", CACHED, str(factor)]
+        printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return [round(float(number), 5) for number in printed.split()]
+
+    assert start(2) == [2, 0]
+    assert start(2) == [2, 1], "the second start takes what the first one made"
+    assert start(3) == [3, 0], "another backward pass is another function"
