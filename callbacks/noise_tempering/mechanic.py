@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from callbacks.noise_tempering.quantizer import DeltaLearn, GradScale, NoiseDist, NoiseSite, TemperedLSQ, Tempering
+from callbacks.noise_tempering.noise import NoiseDist
+from callbacks.noise_tempering.quantizer import DeltaLearn, GradScale, NoiseSite, TemperedLSQ, Tempering
 from research.learning.hessian_scale import HessianScale
 from research.learning.mechanic import Claim, Mechanic
 from research.learning.module import QuantModule

@@ -6,81 +6,21 @@ code were available, see docs/methods/noise_tempering.md.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from callbacks.noise_tempering.gradient import error_aware_gradient, tempered
+from callbacks.noise_tempering.noise import NoiseDist, draw
 from research.quant.clipping import clip_codes
-from research.quant.quantizers.lsq import LSQ
+from research.quant.quantizers.lsq import LSQ, lsq_gradient_factor
 from research.quant.ste import scale_gradient
 
-NoiseDist = Literal["uniform", "one", "bernoulli", "gauss", "blind"]
 NoiseSite = Literal["forward", "grad"]
 GradScale = Literal["elementwise", "scalar"]
 DeltaLearn = Literal["carrier", "shared", "hessian", "fixed"]
-
-
-def draw(dist: NoiseDist, error: Tensor, scale: Tensor) -> Tensor:
-    """Noise at full strength, shape of ``error``: ``error * u``, with ``u`` fresh from the default generator.
-
-    ``uniform`` U(-1, 1); ``one`` 1; ``bernoulli`` 0 or 1, p = 1/2; ``gauss`` N(0, 1/3). ``blind`` knows nothing of the
-    error: ``scale * U(-1/2, 1/2)`` on every element, clipped ones included (pseudo quantization noise).
-
-    Args:
-        dist: distribution of ``u``.
-        error: ``clip(v) - Q(v)``, in units of the tensor; 0 where clipped.
-        scale: width of a bin, broadcastable against ``error``.
-    """
-    if dist == "uniform":
-        return error * (2 * torch.rand_like(error) - 1)
-    if dist == "one":
-        return error
-    if dist == "bernoulli":
-        return error * (torch.rand_like(error) < 0.5).to(error.dtype)
-    if dist == "gauss":
-        return error * torch.randn_like(error) * math.sqrt(1 / 3)
-    return scale * (torch.rand_like(error) - 0.5)
-
-
-class ErrorAwareGradient(torch.autograd.Function):
-    """The identity, with the gradient ``g`` turned into ``g + factor |g| + noise std(g)``: not a derivative."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(v: Tensor, factor: Tensor, noise: Tensor) -> Tensor:
-        """``v``."""
-        return v.view_as(v)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        """Keep factor and noise."""
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The scaled upstream gradient."""
-        factor, noise = ctx.saved_tensors
-        (gradient,) = gradients
-        scaled = gradient + factor * gradient.abs()
-        return (scaled + noise * gradient.std() if noise.ndim else scaled), None, None
-
-
-def error_aware_gradient(v: Tensor, factor: Tensor, noise: Tensor | None = None) -> Tensor:
-    """``v``; its gradient g becomes ``g (1 + sign(g) factor)``, with ``noise`` also ``+ noise std(g)``.
-
-    With ``factor = delta * (clip(v/s) - round(clip(v/s)))`` this is EWGS's rule in units of bins.
-
-    Args:
-        v: latent values, any shape.
-        factor: shape of ``v``, no gradient.
-        noise: shape of ``v``, no gradient.
-    """
-    found: Tensor = ErrorAwareGradient.apply(v, factor, v.new_zeros(()) if noise is None else noise)  # type: ignore[no-untyped-call]
-    return found
 
 
 @dataclass(frozen=True)
@@ -163,13 +103,29 @@ class TemperedLSQ(LSQ):
         """`LSQ.fake_quantize`, tempered in training."""
         if not (self.training and rounding) or self.plain_ste:
             return super().fake_quantize(x, rounding)
+        scale = self.scale
         with torch.no_grad():
-            scale = self.scale
             clipped = clip_codes(x / scale, *self.limits(), mask=self.mask)
-            residual = clipped - torch.round(clipped)
+            codes = torch.round(clipped)
+            residual = clipped - codes
             error = residual * scale
             noise = self.strength * draw(self.tempering.noise_dist, error, scale) if self.tempering.noisy else None
+        if self.in_one_function:
+            low, high = (limit.to(scale.dtype) for limit in self.limits())
+            factor = lsq_gradient_factor(self._elements(x), high) if self.gradient_factor else torch.ones_like(high)
+            delta = self.delta if self.tempering.delta_learn == "carrier" else self.delta.detach()
+            return tempered(x, scale, delta, codes, noise, (low, high), factor)
         return self._with_noise(super().fake_quantize(self._scaled(x, residual, noise)), error, noise)
+
+    @property
+    def in_one_function(self) -> bool:
+        """Whether training takes one function with all its first derivatives, for the switches that it knows.
+
+        The composition of smaller ones is the reference, and has the others.
+        """
+        tempering = self.tempering
+        known = (tempering.noise_site, tempering.grad_scale, self.mask) == ("forward", "elementwise", "clip_first")
+        return self.kernels is not None and known and tempering.delta_learn != "shared"
 
     def _scaled(self, x: Tensor, residual: Tensor, noise: Tensor | None) -> Tensor:
         on_gradient = noise if self.tempering.noise_site == "grad" else None

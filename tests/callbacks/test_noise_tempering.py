@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.noise_tempering import NoiseTempering, TemperedLSQ
+from callbacks.noise_tempering import NoiseTempering, TemperedLSQ, noise
 from callbacks.noise_tempering.mechanic import noise_strength
 from callbacks.noise_tempering.quantizer import Tempering
+from research.quant.fused import Kernels
 from research.quant.quantizers import QuantizerSpec
 from research.quant.quantizers.ewgs import ewgs_round
 from research.quant.quantizers.lsq import LSQ
@@ -26,7 +27,7 @@ def vectors(golden: Callable[[str], Golden]) -> Golden:
 
 def fixed_draws(monkeypatch: pytest.MonkeyPatch, u: np.ndarray) -> None:
     """Let `draw` find ``u`` as its uniform numbers in (-1, 1)."""
-    monkeypatch.setattr(torch, "rand_like", lambda like: (torch.from_numpy(u) + 1) / 2)
+    monkeypatch.setattr(noise, "uniform_like", lambda like: torch.from_numpy(u))
 
 
 # -- golden vectors ------------------------------------------------------------------------------------------------
@@ -44,13 +45,16 @@ def test_golden_ewgs_discretizer(vectors: Golden) -> None:
             close(x.grad, vectors[f"ewgs_gx_L{levels}_d{index}"])
 
 
-def test_golden_reconstruction(vectors: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [None, "eager"], ids=["reference", "one function"])
+def test_golden_reconstruction(vectors: Golden, monkeypatch: pytest.MonkeyPatch, kernels: Kernels | None) -> None:
     fixed_draws(monkeypatch, vectors["nt_u"])
     values = torch.from_numpy(vectors["nt_v"])
     for index, strength in enumerate(vectors["nt_lams"]):
         quantizer = tempered(
             values, int(vectors["nt_bits"]), float(vectors["nt_s"]), float(strength), delta=float(vectors["nt_delta"])
         )
+        quantizer.kernels = kernels
+        assert quantizer.in_one_function == (kernels is not None)
         assert [float(limit) for limit in quantizer.limits()] == [-vectors["nt_Qn"], vectors["nt_Qp"]]
         v = values.clone().requires_grad_()
         out = quantizer(v)
@@ -104,6 +108,55 @@ def test_golden_quadratic_has_an_error_weighted_trace_as_penalty(vectors: Golden
         losses = job.loss(job.samples(dist, count)) - job.loss(job.quantized)
         assert abs(losses.mean() - expected) < 4 * losses.std() / math.sqrt(count)
         assert losses.std() / math.sqrt(count) < 0.1 * expected, "enough samples to tell"
+
+
+# -- the fast form -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delta_learn", ["carrier", "fixed", "hessian"])
+@pytest.mark.parametrize("noise_dist", ["uniform", "one", "bernoulli", "gauss", "blind"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_one_function_equals_the_composition(granularity: Any, noise_dist: Any, delta_learn: Any) -> None:
+    values = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    upstream = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    source = LSQ(QuantizerSpec("lsq", 3, True, granularity=granularity, init="mse"), values.shape, 0, "weight")
+    source.initialise(values)
+    quantizer = TemperedLSQ(source, Tempering(noise_dist=noise_dist, delta=0.3, delta_learn=delta_learn)).double()
+    quantizer.strength.fill_(0.7)
+    learned = [quantizer.raw_scale, *([quantizer.delta] if delta_learn == "carrier" else [])]
+
+    def results(kernels: Kernels | None) -> tuple[Tensor, ...]:
+        quantizer.kernels = kernels
+        torch.manual_seed(2)
+        v = values.clone().requires_grad_()
+        out = quantizer(v)
+        return out, *torch.autograd.grad(out, [v, *learned], upstream)
+
+    (out, *gradients), (expected, *reference) = results("traced"), results(None)
+    assert torch.equal(out, expected)
+    for found, wanted in zip(gradients, reference, strict=True):
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("switches", [{"noise_site": "grad"}, {"grad_scale": "scalar"}, {"delta_learn": "shared"}])
+def test_switches_that_the_function_does_not_know_take_the_composition(switches: dict[str, Any]) -> None:
+    quantizer = tempered(torch.randn(3, 4), **switches)
+    quantizer.kernels = "traced"
+    assert not quantizer.in_one_function
+
+
+def test_uniform_numbers_are_even_symmetric_and_lie_as_their_model_does() -> None:
+    torch.manual_seed(0)
+    like = torch.empty(16, 3, 37, 5).contiguous(memory_format=torch.channels_last)
+    u = noise.uniform_like(like)
+    assert (u.shape, u.stride(), u.dtype) == (like.shape, like.stride(), like.dtype)
+    u = noise.uniform_like(torch.empty(400_001, dtype=torch.float64))
+    assert u.abs().max() < 1 and float(u.abs().min()) > 0
+    assert noise.uniform_like(torch.empty(100_000)).abs().max() <= 1
+    counts = torch.histc(u, 64, -1, 1)
+    chi_square = ((counts - len(u) / 64).square() / (len(u) / 64)).sum()
+    assert chi_square < 63 + 5 * math.sqrt(2 * 63)
+    assert abs(u[:-1] @ u[1:]) / len(u) < 5 / 3 / math.sqrt(len(u)), "neighbours come from one draw"
 
 
 # -- cheap checks --------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from callbacks.noise_tempering import NoiseTempering, TemperedLSQ
-from callbacks.noise_tempering.quantizer import NoiseDist, draw, error_aware_gradient
+from callbacks.noise_tempering.gradient import error_aware_gradient
+from callbacks.noise_tempering.noise import NoiseDist, draw
 from research.learning.finalise import finalise
 from research.quant.layers import quantizers
 from research.quant.quantizers.lsq import LSQ
