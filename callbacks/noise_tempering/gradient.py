@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from research.quant.fused import total
+from research.quant.kernels import UniformGrid
 
 
 class ErrorAwareGradient(torch.autograd.Function):
@@ -87,20 +88,12 @@ def _summed(terms: Tensor, like: Tensor) -> Tensor:
     return terms.sum_to_size(like.shape) if like.ndim else total(terms)
 
 
-def tempered(
-    x: Tensor,
-    scale: Tensor,
-    delta: Tensor,
-    codes: Tensor,
-    noise: Tensor | None,
-    limits: tuple[Tensor, Tensor],
-    factor: Tensor,
-) -> Tensor:
+def tempered(x: Tensor, scale: Tensor, delta: Tensor, codes: Tensor, noise: Tensor | None, grid: UniformGrid) -> Tensor:
     """``s codes + noise``; its gradients are those of LSQ, ``dL/dx`` error-aware and ``dL/ddelta`` by the carrier.
 
     With the upstream gradient g, ``c = clip(x / s)`` and ``r = c - round(c)``: ``dL/dx = g (1 + delta sign(g) r)``
-    inside the range, ``dL/ds = factor sum(g (round(c) - x / s))`` inside it and ``factor sum(g c)`` outside, and
-    ``dL/ddelta = factor sum(g s r)``. First derivatives only: this is no derivative of anything.
+    inside the range, ``dL/ds = gn sum(g (round(c) - x / s))`` inside it and ``gn sum(g c)`` outside, and
+    ``dL/ddelta = gn sum(g s r)``; ``gn`` is LSQ's factor. Differentiable once.
 
     Args:
         x: latent values, any shape.
@@ -108,9 +101,8 @@ def tempered(
         delta: scale of the gradient, shape of ``scale``.
         codes: ``round(c)``, no gradient.
         noise: shape of ``x``, no gradient.
-        limits: least and greatest code.
-        factor: LSQ's factor of the gradients of scale and delta.
+        grid: least and greatest code, and ``gn``.
     """
     constant = x.new_zeros(()) if noise is None else noise
-    found: Tensor = _Tempered.apply(x, scale, delta, codes, constant, *limits, factor)  # type: ignore[no-untyped-call]
+    found: Tensor = _Tempered.apply(x, scale, delta, codes, constant, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
     return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from callbacks.noise_tempering.gradient import error_aware_gradient, tempered
 from callbacks.noise_tempering.noise import NoiseDist, draw
 from research.quant.clipping import clip_codes
-from research.quant.quantizers.lsq import LSQ, lsq_gradient_factor
+from research.quant.quantizers.lsq import LSQ
 from research.quant.ste import scale_gradient
 
 NoiseSite = Literal["forward", "grad"]
@@ -111,10 +111,8 @@ class TemperedLSQ(LSQ):
             error = residual * scale
             noise = self.strength * draw(self.tempering.noise_dist, error, scale) if self.tempering.noisy else None
         if self.in_one_function:
-            low, high = (limit.to(scale.dtype) for limit in self.limits())
-            factor = lsq_gradient_factor(self._elements(x), high) if self.gradient_factor else torch.ones_like(high)
             delta = self.delta if self.tempering.delta_learn == "carrier" else self.delta.detach()
-            return tempered(x, scale, delta, codes, noise, (low, high), factor)
+            return tempered(x, scale, delta, codes, noise, self._make_grid(self._elements(x)))
         return self._with_noise(super().fake_quantize(self._scaled(x, residual, noise)), error, noise)
 
     @property
