@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from research.quant.fused import total
+from research.quant.fused import refuse_second_derivatives, total
 from research.quant.kernels import UniformGrid
 
 
@@ -71,6 +71,8 @@ class _Tempered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through inside the range, scaled by the error."""
+        if not torch.compiler.is_compiling():
+            refuse_second_derivatives()
         x, scale, delta, low, high, factor = ctx.saved_tensors
         (grad,) = gradients
         codes = x / scale

@@ -138,6 +138,14 @@ def test_one_function_equals_the_composition(granularity: Any, noise_dist: Any, 
         close(found, wanted)
 
 
+def test_one_function_has_no_second_derivatives_and_says_so() -> None:
+    quantizer = tempered(torch.randn(3, 4))
+    quantizer.kernels = "eager"
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(quantizer(x).square().sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize("switches", [{"noise_site": "grad"}, {"grad_scale": "scalar"}, {"delta_learn": "shared"}])
 def test_switches_that_the_function_does_not_know_take_the_composition(switches: dict[str, Any]) -> None:
     quantizer = tempered(torch.randn(3, 4), **switches)
