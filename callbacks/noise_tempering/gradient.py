@@ -1,4 +1,6 @@
-"""Error-aware gradients: of the identity, and of a whole tempered quantizer in one function."""
+"""Error-aware gradients of noise tempering, a reconstruction: of the identity, and of a whole tempered quantizer in one
+function. The rule is that of EWGS (Lee, Kim, Ham, CVPR 2021) in units of bins; the scale's gradient is LSQ's.
+"""
 
 from __future__ import annotations
 

@@ -210,12 +210,12 @@ class _QuantizedConvolution(torch.autograd.Function):
         x, scale, weight = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         need_weight, need_bias = ctx.needs_input_grad[2:4]
-        grad_x = grad_scale = grad_weight = grad_bias = None
+        grad_x = grad_scale = grad_weight = grad_bias = x_hat = None
         inputs = torch.empty_like(x, dtype=weight.dtype)  # of which the input's gradient takes nothing but the shape
         if need_x:  # it comes first: one pass then takes it through the quantizer and makes the quantized input again
             grad_x, _, _ = ctx.convolution.backward(grad, inputs, weight, ctx.bias, (True, False, False))
             grad_x, grad_scale, x_hat = _backward(x, scale, grad_x, ctx.grid, ctx.kernels, requantize=need_weight)
-        else:
+        elif need_weight:
             x_hat = _forward(x, scale, ctx.grid, ctx.kernels)
         if need_weight or need_bias:
             inputs = inputs if x_hat is None else x_hat.to(weight.dtype)

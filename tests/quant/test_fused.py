@@ -106,17 +106,33 @@ def layer_results(layer: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().mean(), (x, *layer.parameters()))]
 
 
+@pytest.mark.parametrize("kernels", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [(3, 4, 9, 9), (3, 4, 60, 60)], ids=["short", "blocks"])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 2, "bias": True}], ids=["plain", "stride", "groups"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_fused_convolution_equals_the_reference(options: dict[str, int], dtype: torch.dtype) -> None:
+def test_the_fused_convolution_equals_the_reference(
+    options: dict[str, int], dtype: torch.dtype, shape: tuple[int, ...], kernels: Kernels
+) -> None:
     layer = convolution(**options).to(dtype)  # type: ignore[arg-type]
-    x = values((3, 4, 9, 9), dtype, False)
+    x = values(shape, dtype, False)
     reference = layer_results(layer, x)
-    use_kernels(layer, "eager")
+    use_kernels(layer, kernels)
     found = layer_results(layer, x)
     assert torch.equal(found[0], reference[0])
     for one, other in zip(found[1:], reference[1:], strict=True):
         assert_near(one, other, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("learned", ["weight", "bias", "input"])
+def test_the_fused_convolution_has_the_gradients_that_are_asked_for(learned: str) -> None:
+    layer = convolution(bias=True)
+    layer.requires_grad_(False)
+    x = values((3, 4, 9, 9), torch.float32, False)
+    of = x if learned == "input" else getattr(layer, learned).requires_grad_()
+    x.requires_grad_(learned == "input")
+    (reference,) = torch.autograd.grad(layer(x).square().mean(), of)
+    use_kernels(layer, "eager")
+    assert_near(torch.autograd.grad(layer(x).square().mean(), of)[0], reference, TOLERANCE[torch.float32])
 
 
 def test_under_autocast_the_convolution_runs_in_bfloat16() -> None:
