@@ -16,9 +16,10 @@ from research.learning.mechanic import Claim, ParameterGroup
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Choices, budgets_from_config
 from research.quant.conv_bn import QuantConvBn2d
+from research.quant.kernels import positive
 from research.quant.layers import QuantLayer, quant_layers
 from research.quant.quantizers.base import MAX_BITS, Quantizer
-from research.quant.quantizers.lsq import EPS, LSQ
+from research.quant.quantizers.lsq import LSQ
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -60,7 +61,7 @@ class PlaneWeight(Quantizer):
     @property
     def magnitude(self) -> Tensor:
         """The trained scale s, positive, 0-dim."""
-        return torch.clamp(self.raw_scale.abs(), min=EPS)
+        return positive(self.raw_scale)
 
     def transform(self, x: Tensor) -> Tensor:
         """The weight in units of the exact one's codes."""

@@ -73,6 +73,12 @@ class SwitchedQuantizer(Delegating):
         scale: Tensor = self.ask("scale")
         return scale
 
+    @property
+    def raw_scale(self) -> Tensor:  # type: ignore[override]
+        """What it is made of."""
+        raw: Tensor = self.ask("raw_scale")
+        return raw
+
     def fused_grid(self, x: Tensor) -> UniformGrid | None:
         """Its fast path."""
         grid: UniformGrid | None = self.ask("fused_grid", x) if self.mode == "quantize" else None

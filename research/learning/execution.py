@@ -13,6 +13,7 @@ from research.learning.mechanic import Mechanic
 from research.models.structure import FloatModel
 from research.quant.compiler import cache_derivatives, compiler_options
 from research.quant.passes import use_kernels
+from research.quant.rectified import leave_out_relus
 
 Execution = Literal["none", "quantizers", "network"]
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -57,6 +58,7 @@ def execute_as(net: FloatModel, execution: Execution, mechanics: Sequence[Mechan
         net.compile(options={**options, "fallback_random": True})  # noise as in eager mode; faster on CPUs
         return "execution: the whole network compiled"
     use_kernels(net, "compiled" if execution == "quantizers" else "eager")
+    leave_out_relus(net, net.structure().activation_layer)
     line = f"execution: eager, fused quantizers{' compiled' if execution == 'quantizers' else ''}"
     needing = [f"callbacks.{mechanic.slug}" for mechanic in mechanics if mechanic.needs_double_backward]
     return f"{line}; twice differentiable where {', '.join(needing)} asks for it" if needing else line

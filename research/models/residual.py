@@ -1,5 +1,6 @@
 """The two-convolution residual block in its original and its pre-activation form."""
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
@@ -48,6 +49,10 @@ class BasicBlock(nn.Module):
         pairs = [("conv1", "bn1"), ("conv2", "bn2")]
         return [*pairs, ("downsample.0", "downsample.1")] if isinstance(self.downsample, nn.Sequential) else pairs
 
+    def activation_layer(self) -> list[tuple[str, str]]:
+        """(activation, only layer that reads it) names within the block."""
+        return [("relu1", "conv2")]
+
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`."""
         residual = self.relu1(self.bn1(self.conv1(x)))
@@ -66,6 +71,10 @@ class PerConvShortcutBlock(BasicBlock):
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__(in_channels, out_channels, stride, shortcut)
         self.add1 = Add()
+
+    def activation_layer(self) -> list[tuple[str, str]]:
+        """None: shortcuts read all activations."""
+        return []
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`."""
@@ -103,6 +112,11 @@ class PreactivationBlock(nn.Module):
         """(conv, bn) names within the block: only the first convolution feeds a norm alone."""
         return [("conv1", "bn2")]
 
+    def activation_layer(self) -> list[tuple[str, str]]:
+        """(activation, only layer that reads it) names within the block; a changing shortcut reads one too."""
+        first = [("relu1", "conv1")] if self.downsample is None else []
+        return [*first, ("relu2", "conv2")]
+
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`."""
         activated = self.relu1(self.bn1(x))
@@ -125,7 +139,17 @@ def residual_stage(
     return nn.Sequential(first, *(block(out_channels, out_channels, 1, shortcut) for _ in range(count - 1)))
 
 
-def residual_blocks(model: nn.Module) -> dict[str, BasicBlock | PreactivationBlock]:
+ResidualBlock = BasicBlock | PreactivationBlock
+
+
+def pairs_within(
+    blocks: Mapping[str, ResidualBlock], pairs: Callable[[ResidualBlock], list[tuple[str, str]]]
+) -> tuple[tuple[str, str], ...]:
+    """Pairs of names within the blocks as names of the network, in forward order."""
+    return tuple((f"{name}.{a}", f"{name}.{b}") for name, block in blocks.items() for a, b in pairs(block))
+
+
+def residual_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
     """Residual blocks of `model` by name, in forward order."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, BasicBlock | PreactivationBlock)

@@ -10,6 +10,7 @@ from research.models.residual import (
     PreactivationBlock,
     Shortcut,
     conv3x3,
+    pairs_within,
     residual_blocks,
     residual_stage,
 )
@@ -82,8 +83,13 @@ class ResNetCifar(FloatModel):
         """Names of the blocks, of the (conv, bn) pairs and of the first and the last layer."""
         blocks = residual_blocks(self)
         stem = [] if self.preactivation else [("conv1", "bn1")]
-        inner = [(f"{name}.{conv}", f"{name}.{bn}") for name, block in blocks.items() for conv, bn in block.conv_bn()]
-        return Structure(blocks=tuple(blocks), conv_bn=(*stem, *inner), first="conv1", last="fc")
+        return Structure(
+            blocks=tuple(blocks),
+            conv_bn=(*stem, *pairs_within(blocks, lambda block: block.conv_bn())),
+            first="conv1",
+            last="fc",
+            activation_layer=pairs_within(blocks, lambda block: block.activation_layer()),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of the images `x` (N, C, H, W)."""

@@ -17,12 +17,14 @@ class Structure:
             that it can be folded into the convolution. Pre-activation networks have norms that stand in no pair.
         first: the layer that reads the image.
         last: the layer that writes the logits.
+        activation_layer: (activation, layer) pairs in which the layer is the only reader of the activation's output.
     """
 
     blocks: tuple[str, ...]
     conv_bn: tuple[tuple[str, str], ...]
     first: str
     last: str
+    activation_layer: tuple[tuple[str, str], ...] = ()
 
 
 class FloatModel(nn.Module, ABC):

@@ -1,6 +1,7 @@
 """VGG networks for small images: 3x3 convolutions with batch-norm, max-pools and one linear layer."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -41,10 +42,15 @@ class Vgg(FloatModel):
         self.initialise_weights()
 
     def structure(self) -> Structure:
-        """Names of the conv-bn-relu groups, of the (conv, bn) pairs and of the first and the last layer."""
+        """Names of the conv-bn-relu groups, of the pairs in and between them and of the first and the last layer."""
         pairs = conv_block_pairs(self)
         blocks = tuple(conv.removesuffix(".conv") for conv, _ in pairs)
-        return Structure(blocks=blocks, conv_bn=pairs, first=pairs[0][0], last="fc")
+        neighbours = tuple(
+            (f"features.{index}.relu", f"features.{index + 1}.conv")
+            for index, (here, behind) in enumerate(pairwise(self.features))
+            if isinstance(here, ConvBlock) and isinstance(behind, ConvBlock)
+        )
+        return Structure(blocks, pairs, first=pairs[0][0], last="fc", activation_layer=neighbours)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of the images `x` (N, C, H, W)."""

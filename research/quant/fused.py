@@ -22,6 +22,8 @@ from research.quant.kernels import (
     compiled_backward,
     compiled_quantize,
     compiled_requantize_backward,
+    positive,
+    positive_slope,
     quantize,
     quantize_backward,
 )
@@ -38,44 +40,46 @@ def _whole(x: Tensor, kernels: Kernels) -> bool:
     return kernels == "eager" and (x.is_cuda or x.numel() <= BLOCK)
 
 
-def _forward(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
+def _forward(x: Tensor, raw: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
     """De-quantized ``x``, float32 or wider, in its memory format."""
     values = x if x.dtype == torch.float64 else x.float()
     if _whole(values, kernels):
-        return quantize(values, scale, *grid.limits)
+        return quantize(values, raw, *grid.limits)
     values = _dense(values)
     if kernels == "compiled":
-        flat = compiled_quantize(_flat(values), scale.detach(), grid.low, grid.high)
+        flat = compiled_quantize(_flat(values), raw.detach(), grid.low, grid.high)
     else:
-        flat = blocked_quantize(_flat(values), scale, grid)
+        flat = blocked_quantize(_flat(values), raw, grid)
     return _shaped(flat, values)
 
 
 def _backward(
-    x: Tensor, scale: Tensor, grad: Tensor, grid: UniformGrid, kernels: Kernels, requantize: bool = False
+    x: Tensor, raw: Tensor, grad: Tensor, grid: UniformGrid, kernels: Kernels, requantize: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients at ``x`` (its dtype) and at the scale; with ``requantize`` also what `_forward` gave."""
+    """Gradients at ``x`` (its dtype) and at ``raw``; with ``requantize`` also what `_forward` gave."""
     values = x if x.dtype == torch.float64 else x.float()
     upstream = grad.to(values.dtype)
     output: Tensor | None = None
     if _whole(values, kernels):
-        inside, total = quantize_backward(values, upstream, scale, *grid.limits)
-        output = quantize(values, scale, *grid.limits) if requantize else None
-        return inside.to(x.dtype), total * grid.gradient_factor, output
+        floor = 0.0 if grid.rectified else None
+        inside, slope = quantize_backward(values, upstream, raw, grid.gradient_factor, *grid.limits, floor)
+        output = quantize(values, raw, *grid.limits) if requantize else None
+        return inside.to(x.dtype), slope, output
     values = _dense(values)
     if upstream.stride() != values.stride():
         upstream = torch.empty_like(values).copy_(upstream)
-    flats = _flat(values), _flat(upstream), scale.detach()
+    flats = _flat(values), _flat(upstream), raw.detach()
+    constants = grid.gradient_factor, grid.low, grid.high, grid.floor
     if kernels == "eager":
         output = torch.empty_like(flats[0]) if requantize else None
-        inside, total = blocked_backward(*flats, grid, output)
+        inside, slope = blocked_backward(*flats, grid, output)
     elif requantize:
-        inside, total, output = compiled_requantize_backward(*flats, grid.low, grid.high)
+        inside, slope, output = compiled_requantize_backward(*flats, *constants)
     else:
-        inside, total = compiled_backward(*flats, grid.low, grid.high)
+        inside, slope = compiled_backward(*flats, *constants)
     if output is not None:
         output = _shaped(output, values)
-    return _shaped(inside, values).to(x.dtype), total * grid.gradient_factor, output
+    return _shaped(inside, values).to(x.dtype), slope, output
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -108,40 +112,40 @@ def total(terms: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves its input and the scale, nothing else."""
+    """Saves its input and what the scale is made of, nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, raw: Tensor, grid: UniformGrid, kernels: Kernels) -> Tensor:
         """Quantize and de-quantize."""
-        ctx.save_for_backward(x, scale)
+        ctx.save_for_backward(x, raw)
         ctx.grid, ctx.kernels = grid, kernels
-        return _forward(x, scale, grid, kernels).to(x.dtype)
+        return _forward(x, raw, grid, kernels).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through inside the range."""
         refuse_second_derivatives()
-        x, scale = ctx.saved_tensors
-        return *_backward(x, scale, grad, ctx.grid, ctx.kernels)[:2], None, None
+        x, raw = ctx.saved_tensors
+        return *_backward(x, raw, grad, ctx.grid, ctx.kernels)[:2], None, None
 
 
 class _TracedFakeQuantize(torch.autograd.Function):
     """The same on whole tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, raw: Tensor, low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
         """Quantize and de-quantize."""
-        ctx.save_for_backward(x, scale, low, high, factor)
-        return quantize(x, scale, low, high)
+        ctx.save_for_backward(x, raw, low, high, factor)
+        return quantize(x, raw, low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Straight through inside the range."""
         if not torch.compiler.is_compiling():
             refuse_second_derivatives()
-        x, scale, low, high, factor = ctx.saved_tensors
-        inside, terms = backward_terms(x, grad, scale, low, high)
-        return inside, total(terms) * factor, None, None, None
+        x, raw, low, high, factor = ctx.saved_tensors
+        inside, terms = backward_terms(x, grad, positive(raw), low, high)
+        return inside, total(terms) * factor * positive_slope(raw), None, None, None
 
 
 class _AffineFakeQuantize(torch.autograd.Function):
@@ -188,7 +192,7 @@ class _QuantizedConvolution(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        scale: Tensor,
+        raw: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         grid: UniformGrid,
@@ -198,31 +202,31 @@ class _QuantizedConvolution(torch.autograd.Function):
         """Quantize the input and convolve it with the (quantized) weight."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         weight = weight.to(dtype)
-        ctx.save_for_backward(x, scale, weight)
+        ctx.save_for_backward(x, raw, weight)
         ctx.grid, ctx.convolution, ctx.kernels, ctx.bias = grid, convolution, kernels, bias
-        x_hat = _forward(x, scale, grid, kernels).to(dtype)
+        x_hat = _forward(x, raw, grid, kernels).to(dtype)
         return convolution(x_hat, weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The convolution's gradients, the input's carried through the quantizer."""
         refuse_second_derivatives()
-        x, scale, weight = ctx.saved_tensors
+        x, raw, weight = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         need_weight, need_bias = ctx.needs_input_grad[2:4]
-        grad_x = grad_scale = grad_weight = grad_bias = x_hat = None
+        grad_x = grad_raw = grad_weight = grad_bias = x_hat = None
         inputs = torch.empty_like(x, dtype=weight.dtype)  # of which the input's gradient takes nothing but the shape
         if need_x:  # it comes first: one pass then takes it through the quantizer and makes the quantized input again
             grad_x, _, _ = ctx.convolution.backward(grad, inputs, weight, ctx.bias, (True, False, False))
-            grad_x, grad_scale, x_hat = _backward(x, scale, grad_x, ctx.grid, ctx.kernels, requantize=need_weight)
+            grad_x, grad_raw, x_hat = _backward(x, raw, grad_x, ctx.grid, ctx.kernels, requantize=need_weight)
         elif need_weight:
-            x_hat = _forward(x, scale, ctx.grid, ctx.kernels)
+            x_hat = _forward(x, raw, ctx.grid, ctx.kernels)
         if need_weight or need_bias:
             inputs = inputs if x_hat is None else x_hat.to(weight.dtype)
             _, grad_weight, grad_bias = ctx.convolution.backward(
                 grad, inputs, weight, ctx.bias, (False, need_weight, need_bias)
             )
-        return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_raw, grad_weight, grad_bias, None, None, None
 
 
 @dataclass(frozen=True)
@@ -258,26 +262,27 @@ class Convolution:
         return cast("tuple[Tensor | None, Tensor | None, Tensor | None]", gradients)
 
 
-def fused_fake_quantize(x: Tensor, scale: Tensor, grid: UniformGrid, kernels: Kernels = "eager") -> Tensor:
-    """Fake-quantize ``x`` (any shape, its dtype) with a 0-dim ``scale``; arithmetic in float32 or wider.
+def fused_fake_quantize(x: Tensor, raw: Tensor, grid: UniformGrid, kernels: Kernels = "eager") -> Tensor:
+    """Fake-quantize ``x`` (any shape, its dtype) with the scale ``positive(raw)``, 0-dim; in float32 or wider.
 
     Equal to the detach form: the values bit for bit, the gradients up to rounding. Differentiable once; ``affine``: any
     number of times.
     """
     if kernels in WITH_CONVOLUTION:
-        result: Tensor = _FakeQuantize.apply(x, scale, grid, kernels)  # type: ignore[no-untyped-call]
+        result: Tensor = _FakeQuantize.apply(x, raw, grid, kernels)  # type: ignore[no-untyped-call]
         return result
     values = x if x.dtype == torch.float64 else x.float()
     if kernels == "traced":
-        result = _TracedFakeQuantize.apply(values, scale, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
+        result = _TracedFakeQuantize.apply(values, raw, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
     else:
+        scale = positive(raw)
         result, _, _ = _AffineFakeQuantize.apply(values, scale, grid.low, grid.high, grid.gradient_factor)  # type: ignore[no-untyped-call]
     return result.to(x.dtype)
 
 
 def fused_quantized_convolution(
     x: Tensor,
-    scale: Tensor,
+    raw: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     grid: UniformGrid,
@@ -289,5 +294,5 @@ def fused_quantized_convolution(
     ``x`` is mostly the output of a ReLU, which keeps it anyway. Under autocast the convolution runs in its dtype.
     Differentiable once.
     """
-    result: Tensor = _QuantizedConvolution.apply(x, scale, weight, bias, grid, convolution, kernels)  # type: ignore[no-untyped-call]
+    result: Tensor = _QuantizedConvolution.apply(x, raw, weight, bias, grid, convolution, kernels)  # type: ignore[no-untyped-call]
     return result

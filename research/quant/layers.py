@@ -19,6 +19,11 @@ from research.quant.quantizers.base import Quantizer
 SLOTS = ("input_quantizer", "weight_quantizer", "weight_override", "output_quantizer")
 
 
+def looked_at(module: nn.Module) -> bool:
+    """Whether hooks of ``module`` see its inputs or its output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class QuantLayer(nn.Module):
     """Mix-in of the quantized layers; goes before the torch layer in the bases.
 
@@ -101,9 +106,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         self.make_slots()
 
     def quantized_operation(self, x: Tensor) -> Tensor:
-        """One fused node where the quantizer has the fast path on and nobody looks at the quantized input."""
+        """One fused node where the quantizer has the fast path on and nobody looks at what it does."""
         quantizer = self.input_quantizer
-        if quantizer is None or quantizer.kernels not in WITH_CONVOLUTION or quantizer._forward_hooks:
+        if quantizer is None or quantizer.kernels not in WITH_CONVOLUTION or looked_at(quantizer):
             return super().quantized_operation(x)
         plain = type(self).operate is QuantConv2d.operate and self.padding_mode == "zeros"
         grid = quantizer.fused_grid(x) if plain else None
@@ -111,7 +116,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             return super().quantized_operation(x)
         convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
         return fused_quantized_convolution(
-            x, quantizer.scale, self.quantized_weight(), self.bias, grid, convolution, quantizer.kernels
+            x, quantizer.raw_scale, self.quantized_weight(), self.bias, grid, convolution, quantizer.kernels
         )
 
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from analysis.train_config import train_config
+from research.config import build_module
 from research.learning.double_backward import twice_differentiable
 from research.learning.execution import PAYS_BACK, choose_execution, execute_as
 from research.learning.mechanic import Mechanic
 from research.models.structure import FloatModel
 from research.quant.calibrate import calibrate
 from research.quant.layers import quantizers
+from research.quant.rectified import LeftOutReLU
 from tests.learning.tiny import SIDE, make_module
 
 
@@ -54,6 +57,15 @@ def test_the_whole_network_is_compiled_in_the_traced_form_whatever_it_was_before
     assert execute_as(net, "quantizers", ()).endswith("compiled") and kernels(net) == {"compiled"}
     execute_as(net, "network", ())
     assert kernels(net) == {"traced"}
+
+
+def test_relus_are_left_to_the_quantizers_unless_the_network_is_compiled_as_a_whole() -> None:
+    net = build_module(train_config(["model=resnet8", "quantizer=lsq"])).net
+    execute_as(net, "network", ())
+    assert not any(isinstance(module.forward, LeftOutReLU) for module in net.modules())
+    execute_as(net, "none", ())
+    left_out = {name for name, module in net.named_modules() if isinstance(module.forward, LeftOutReLU)}
+    assert left_out == {f"layer{stage}.0.relu1" for stage in (1, 2, 3)}
 
 
 def test_second_derivatives_are_right_inside_the_block_only() -> None:

@@ -130,6 +130,12 @@ def test_structure_is_true(network: tuple[str, FloatModel, Tensor]) -> None:
     if "pre" not in name:
         assert {bn for _, bn in structure.conv_bn} == norms
 
+    activations = [n for n in recorder.names if isinstance(model.get_submodule(n), nn.ReLU | nn.ReLU6 | nn.Hardtanh)]
+    read_by = {n: recorder.readers[id(outputs[n])] for n in activations}
+    alone = [(n, readers[0]) for n, readers in read_by.items() if len(readers) == 1 and readers[0] in layers]
+    assert set(structure.activation_layer) <= set(alone)
+    assert name == "mobilenet_v2" or set(structure.activation_layer) == set(alone), "all but networks of ReLU6"
+
     position = {n: index for index, n in enumerate(recorder.names)}
     spans = [[position[n] for n in recorder.names if n.startswith(f"{block}.")] for block in structure.blocks]
     assert all(span == list(range(span[0], span[-1] + 1)) for span in spans)

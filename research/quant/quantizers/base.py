@@ -80,6 +80,7 @@ class Quantizer(nn.Module):
         role: which slot the quantizer fills.
 
     Attributes:
+        raw_scale: what the scale is made of (`research.quant.kernels.positive`), in quantizers with a `fused_grid`.
         bits: float32 buffer, scalar or one per channel; rebound (never written) by ``passes``.
         signed: boolean buffer; with ``signed: auto`` an input's calibration sets it.
         initialised: boolean buffer, True once the range has been set from data (or restored).
@@ -87,6 +88,8 @@ class Quantizer(nn.Module):
             ``gradient_dependent`` if the rule depends on the upstream gradient.
         kernels: the kernels of the fast path (`research.quant.fused`) where `fused_grid` allows it; None: the
             reference, which is differentiable any number of times.
+        rectified: the input comes through a ReLU: fast paths give numbers up to zero no gradient, so that it may be
+            left out (`research.quant.rectified`).
         plain_ste: a gradient-dependent quantizer uses the plain straight-through estimator, and draws no noise.
         output_scale: the values live on a fixed scale, so that the layer gets a trainable `OutputScale`.
         channelwise: per-channel granularity is defined.
@@ -105,6 +108,7 @@ class Quantizer(nn.Module):
     max_bits: ClassVar[int] = MAX_BITS
     channelwise: ClassVar[bool] = True
     midrise: bool = False
+    raw_scale: Tensor
     bits: Tensor
     signed: Tensor
     initialised: Tensor
@@ -128,6 +132,7 @@ class Quantizer(nn.Module):
         self.mode: Mode = "quantize"
         self.plain_ste = False
         self.kernels: Kernels | None = None
+        self.rectified = False
         signed = spec.signed if spec.signed != "auto" else role == "weight"
         self.register_buffer("bits", torch.tensor(float(spec.bits)))
         self.register_buffer("signed", torch.tensor(bool(signed)))
@@ -202,7 +207,7 @@ class Quantizer(nn.Module):
             self.observe(x)
             return x
         if self.kernels is not None and (grid := self.fused_grid(x)) is not None:
-            return fused_fake_quantize(x, self.scale, grid, self.kernels)
+            return fused_fake_quantize(x, self.raw_scale, grid, self.kernels)
         return self.fake_quantize(self._work(x), rounding=self.mode == "quantize").to(x.dtype)
 
     def fused_grid(self, x: Tensor) -> UniformGrid | None:

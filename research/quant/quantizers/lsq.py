@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from research.quant.clipping import check_mask, clip_codes
 from research.quant.fused import WITH_CONVOLUTION
-from research.quant.kernels import UniformGrid
+from research.quant.kernels import UniformGrid, positive
 from research.quant.latest import Latest
 from research.quant.processes import process_count
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
 from research.quant.ranges import initial_scale
 from research.quant.ste import scale_gradient
-
-EPS = torch.finfo(torch.float32).eps
 
 
 def lsq_gradient_factor(elements: int | Tensor, qmax: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ class LSQ(Quantizer):
     @property
     def scale(self) -> Tensor:
         """The step, positive, of ``state_shape``."""
-        return torch.clamp(self.raw_scale.abs(), min=EPS)
+        return positive(self.raw_scale)
 
     def _elements(self, x: Tensor) -> int:
         if self.role != "weight" and not self.count_batch:
@@ -96,13 +94,13 @@ class LSQ(Quantizer):
         elements = self._elements(x)
         if self.kernels not in WITH_CONVOLUTION:
             return self._make_grid(elements)
-        made_of = (self.bits, self.signed, self.raw_scale.dtype, elements)
+        made_of = (self.bits, self.signed, self.raw_scale.dtype, elements, self.rectified)
         return self._grids.get(made_of, lambda: self._make_grid(elements))
 
     def _make_grid(self, elements: int) -> UniformGrid:
         low, high = (limit.to(self.raw_scale.dtype) for limit in self.limits())
         factor = lsq_gradient_factor(elements, high) if self.gradient_factor else torch.ones_like(high)
-        return UniformGrid(low, high, factor)
+        return UniformGrid(low, high, factor, self.rectified and not self.signed)
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """Quantize ``x`` with one scale tensor, its gradient scaled, for both division and multiplication."""
