@@ -27,7 +27,7 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 	$(BIN)/python -m analysis.mechanics output=docs/mechanics.md
 	$(BIN)/python -m analysis.cost_lines
 	$(TABLES) 'runs=$(RECORDS)/lsq_resnet20_cifar10_*/*' output=docs/results/cifar10.md title=CIFAR-10 preface=analysis/prefaces/cifar10.md
-	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w[24]a[24]/*' output=docs/results/mechanics.md \
+	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w[124]a[234]*/*' output=docs/results/mechanics.md \
 		'title=Mechanics on CIFAR-10' preface=analysis/prefaces/mechanics_cifar10.md columns=changes
 	$(TABLES) 'runs=$(RECORDS)/oscillation_*_resnet20_cifar10_w2a2/*' output=docs/results/oscillation.md \
 		'title=Oscillations on CIFAR-10' preface=analysis/prefaces/oscillation.md \
