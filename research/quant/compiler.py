@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -81,10 +81,12 @@ class FlatKernel:
     Args:
         function: what to compile.
         short: greatest length that a single thread is to work on.
+        options: further ones of the compiler.
     """
 
-    def __init__(self, function: Callable[..., Any], short: int) -> None:
+    def __init__(self, function: Callable[..., Any], short: int, options: Mapping[str, Any] | None = None) -> None:
         self.function, self.short = function, short
+        self.options = options or {}
         self._made: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Tensor) -> Any:
@@ -98,7 +100,7 @@ class FlatKernel:
 
     def _make(self, arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
         flat = arguments[0]
-        options = compiler_options(torch.get_num_threads())
+        options = {**compiler_options(torch.get_num_threads()), **self.options}
         if flat.is_cuda:
             kernel = torch.compile(self.function, dynamic=True, fullgraph=True, options=options)
             return lambda *tensors: kernel(*map(_plain, tensors))

@@ -45,12 +45,12 @@ def _forward(x: Tensor, raw: Tensor, grid: UniformGrid, kernels: Kernels) -> Ten
     values = x if x.dtype == torch.float64 else x.float()
     if _whole(values, kernels):
         return quantize(values, raw, *grid.limits)
-    values = _dense(values)
+    values = dense(values)
     if kernels == "compiled":
-        flat = compiled_quantize(_flat(values), raw.detach(), grid.low, grid.high)
+        flat = compiled_quantize(flattened(values), raw.detach(), grid.low, grid.high)
     else:
-        flat = blocked_quantize(_flat(values), raw, grid)
-    return _shaped(flat, values)
+        flat = blocked_quantize(flattened(values), raw, grid)
+    return shaped(flat, values)
 
 
 def _backward(
@@ -65,10 +65,8 @@ def _backward(
         inside, slope = quantize_backward(values, upstream, raw, grid.gradient_factor, *grid.limits, floor)
         output = quantize(values, raw, *grid.limits) if requantize else None
         return inside.to(x.dtype), slope, output
-    values = _dense(values)
-    if upstream.stride() != values.stride():
-        upstream = torch.empty_like(values).copy_(upstream)
-    flats = _flat(values), _flat(upstream), raw.detach()
+    values = dense(values)
+    flats = flattened(values), flattened(aligned(upstream, values)), raw.detach()
     constants = grid.gradient_factor, grid.low, grid.high, grid.floor
     if kernels == "eager":
         output = torch.empty_like(flats[0]) if requantize else None
@@ -78,21 +76,26 @@ def _backward(
     else:
         inside, slope = compiled_backward(*flats, *constants)
     if output is not None:
-        output = _shaped(output, values)
-    return _shaped(inside, values).to(x.dtype), slope, output
+        output = shaped(output, values)
+    return shaped(inside, values).to(x.dtype), slope, output
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """``x`` in memory without gaps or overlaps, its memory format kept."""
     return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone(memory_format=torch.preserve_format)
 
 
-def _flat(x: Tensor) -> Tensor:
+def aligned(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with the strides of ``like``."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def flattened(x: Tensor) -> Tensor:
     """A dense tensor's elements in memory order, 1-D."""
     return x.as_strided((x.numel(),), (1,))
 
 
-def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+def shaped(flat: Tensor, like: Tensor) -> Tensor:
     """Elements in memory order as a tensor of the shape and strides of ``like``."""
     return flat.as_strided(like.shape, like.stride())
 

@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from research.quant.fused import refuse_second_derivatives, total
+from research.quant.compiler import FlatKernel
+from research.quant.fused import aligned, dense, flattened, refuse_second_derivatives, shaped, total
+from research.quant.kernels import BLOCK
 
 LEAST_LENGTH = 1e-3
+Numbers = Any
+"""A 1-D tensor, or as many 0-dim ones."""
+
 FEW = 15
 """Segments that are gone through one by one; more are looked up, which costs the same for any number."""
 
@@ -29,7 +34,7 @@ def segments(start: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return start + F.pad(torch.cumsum(lengths, 0), (1, 0)), lengths
 
 
-def gste_ramp(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def gste_ramp(u: Tensor, borders: Numbers, lengths: Numbers) -> tuple[Tensor, Tensor]:
     """The piecewise linear surrogate of G-STE and the number of thresholds below ``u``, both of the shape of ``u``.
 
     With ``d`` the borders and ``a`` the lengths: the ramp is ``i - 1 + (u - d_{i-1}) / a_i`` for
@@ -77,17 +82,59 @@ class _GSTE(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             refuse_second_derivatives()
         x, scale1, step, borders, lengths, stretch = ctx.saved_tensors
-        u = scale1 * x
-        codes = stretched(*gste_ramp(u, borders, lengths), stretch)[1]
-        upstream = grad * (step * stretch)
-        sums = _sums_by_segment if len(lengths) <= FEW else _sums_by_table
-        slope, sum_inside, sum_beyond = sums(u, upstream, borders, lengths)
-        at_u = upstream * slope
-        at_borders = F.pad(-sum_inside / lengths, (0, 1))
-        return at_u * scale1, total(at_u * x), total(grad * codes), at_borders, -sum_beyond / lengths.square(), None
+        one_pass = torch.compiler.is_compiling() and not x.is_cuda and len(lengths) <= FEW
+        terms = _terms_in_one_pass if one_pass else _terms
+        at_x, at_scale1, at_step, inside, beyond = terms(x, grad, scale1, step, borders, lengths, stretch)
+        return at_x, at_scale1, at_step, F.pad(-inside / lengths, (0, 1)), -beyond / lengths.square(), None
 
 
-def _ramp_by_segment(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _terms(
+    x: Tensor, grad: Tensor, scale1: Tensor, step: Tensor, borders: Numbers, lengths: Numbers, stretch: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients at ``x``, ``scale1`` and ``step``, and the sums by segment that those at borders and lengths are of."""
+    u = scale1 * x
+    codes = stretched(*gste_ramp(u, borders, lengths), stretch)[1]
+    upstream = grad * (step * stretch)
+    sums = _sums_by_segment if len(lengths) <= FEW else _sums_by_table
+    slope, inside, beyond = sums(u, upstream, borders, lengths)
+    at_u = upstream * slope
+    return at_u * scale1, total(at_u * x), total(grad * codes), inside, beyond
+
+
+def _flat_terms(x: Tensor, grad: Tensor, scale1: Tensor, step: Tensor, stretch: Tensor, *numbers: Tensor) -> Any:
+    """`_terms` of 1-D tensors; numbers: L + 1 borders, L lengths."""
+    count = len(numbers) // 2
+    return _terms(x, grad, scale1, step, numbers[: count + 1], numbers[count + 1 :], stretch)
+
+
+ONE_LOOP = {"realize_reads_threshold": 10_000, "realize_opcount_threshold": 10_000}
+"""Compiler options: nothing is written only to be read again."""
+
+compiled_terms = FlatKernel(_flat_terms, BLOCK, ONE_LOOP)
+
+
+@torch.library.custom_op("flatbit::gste_terms", mutates_args=())
+def _terms_in_one_pass(
+    x: Tensor, grad: Tensor, scale1: Tensor, step: Tensor, borders: Tensor, lengths: Tensor, stretch: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_terms` by a kernel of their own, for networks that are compiled as a whole: fused into the layers around them,
+    the dozen sums and masks were written to memory one by one.
+    """
+    values = dense(x)
+    numbers = (scale1, step, stretch, *borders.unbind(), *lengths.unbind())
+    at_x, *rest = compiled_terms(flattened(values), flattened(aligned(grad, values)), *numbers)
+    return shaped(at_x, values), *rest
+
+
+@_terms_in_one_pass.register_fake
+def _(
+    x: Tensor, grad: Tensor, scale1: Tensor, step: Tensor, borders: Tensor, lengths: Tensor, stretch: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    number = x.new_empty(())
+    return torch.empty_like(x), number, torch.empty_like(number), torch.empty_like(lengths), torch.empty_like(lengths)
+
+
+def _ramp_by_segment(u: Tensor, borders: Numbers, lengths: Numbers) -> tuple[Tensor, Tensor]:
     """`gste_ramp`, one comparison with every border: nothing but arithmetic, which a compiler makes one loop of."""
     ramp = count = torch.zeros_like(u)
     for start, end, length in zip(borders[:-1], borders[1:], lengths, strict=True):
@@ -109,7 +156,7 @@ def _ramp_by_table(u: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor,
     return below + (u - origin) * slope, count
 
 
-def _sums_by_segment(u: Tensor, g: Tensor, borders: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sums_by_segment(u: Tensor, g: Tensor, borders: Numbers, lengths: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     """The ramp's slope (shape of ``u``), and over every segment (L,) the sums of ``g`` and of ``g (u - d_{i-1})``."""
     slope = torch.zeros_like(u)
     inside, beyond = [], []

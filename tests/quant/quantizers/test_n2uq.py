@@ -14,8 +14,16 @@ from research.deploy.artifact import load_artifact, save_artifact
 from research.deploy.onnx import export_onnx
 from research.models.bias_prelu import BiasPReLU
 from research.quant.calibrate import calibrate
+from research.quant.compiler import compiler_options
 from research.quant.convert import convert
-from research.quant.gste import _ramp_by_segment, _ramp_by_table, gste_ramp, segments
+from research.quant.gste import (
+    _ramp_by_segment,
+    _ramp_by_table,
+    _terms,
+    _terms_in_one_pass,
+    gste_ramp,
+    segments,
+)
 from research.quant.quantizers import QuantizerSpec, build_quantizer
 from research.quant.quantizers.n2uq import N2UQ, RANGE
 from research.quant.recipe import Recipe
@@ -349,3 +357,39 @@ def test_the_fused_form_is_the_reference(bits: int, present: int, dtype: torch.d
     quantizer.kernels = "eager"
     with pytest.raises(RuntimeError, match="needs_double_backward"):
         torch.autograd.grad((quantizer(x) * upstream).sum(), x, create_graph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("bits", "present"), [(2, 2), (2, 1), (4, 4)])
+def test_a_compiled_network_takes_the_sums_in_one_pass(bits: int, present: int, layout: torch.memory_format) -> None:
+    quantizer = uneven(bits).float()
+    quantizer.bits = torch.tensor(float(present))
+    quantizer.kernels = "traced"
+    x = torch.linspace(-1, 4, 48_000).view(3, 20, 25, 32).contiguous(memory_format=layout).requires_grad_()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    learned = [getattr(quantizer, name) for name in LEARNED]
+
+    def everything(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        values = function(x)
+        return [values, *torch.autograd.grad((values * upstream).sum(), (x, *learned))]
+
+    compiled = torch.compile(quantizer, fullgraph=True, options=compiler_options(1))
+    (values, *gradients), (expected_values, *expected) = everything(compiled), everything(quantizer)
+    assert torch.equal(values, expected_values)
+    assert gradients[0].stride() == x.stride()
+    for found, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-6, atol=1e-6 * float(reference.abs().max() + 100))
+
+
+@pytest.mark.parametrize("shape", [(40,), (2, 3, 5, 4), (2, 3, 120, 80)], ids=str)
+def test_the_pass_is_a_proper_operator(shape: tuple[int, ...]) -> None:
+    """Its shapes are what the compiler is told, for any layout of the upstream gradient."""
+    quantizer = uneven(2).float()
+    borders, lengths = (part.detach() for part in segments(quantizer.start, quantizer.a))
+    x, numbers = torch.randn(shape), torch.tensor([1.3, 0.4, 1.0])
+    grad = torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+    arguments = (x, grad, numbers[0], numbers[1], borders, lengths, numbers[2])
+    torch.library.opcheck(_terms_in_one_pass, arguments, test_utils=("test_schema", "test_faketensor"))
+    for found, expected in zip(_terms_in_one_pass(*arguments), _terms(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
