@@ -151,6 +151,4 @@ def pairs_within(
 
 def residual_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
     """Residual blocks of `model` by name, in forward order."""
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, BasicBlock | PreactivationBlock)
-    }
+    return {name: module for name, module in model.named_modules() if isinstance(module, ResidualBlock)}

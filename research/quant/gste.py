@@ -2,7 +2,7 @@
 
 Codes count the thresholds below a number; their derivative is that of a piecewise linear ramp, the mean of stochastic
 rounding between two thresholds. As a composition that is differentiable any number of times, and as one function of
-first derivatives that keeps nothing but its input.
+first derivatives that keeps nothing but its input; in compiled networks its backward pass is an operator of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from research.quant.compiler import FlatKernel
@@ -113,7 +113,7 @@ ONE_LOOP = {"realize_reads_threshold": 10_000, "realize_opcount_threshold": 10_0
 compiled_terms = FlatKernel(_flat_terms, BLOCK, ONE_LOOP)
 
 
-@torch.library.custom_op("flatbit::gste_terms", mutates_args=())
+@library.custom_op("flatbit::gste_terms", mutates_args=())
 def _terms_in_one_pass(
     x: Tensor, grad: Tensor, scale1: Tensor, step: Tensor, borders: Tensor, lengths: Tensor, stretch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

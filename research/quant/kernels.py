@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from research.quant.compiler import FlatKernel
+from research.quant.ranges import EPS
 
 Limit = Any
 """A float, or a 0-dim tensor."""
-
-EPS = torch.finfo(torch.float32).eps
 
 BLOCK = 1 << 15
 """Elements that stay in a core's cache over all operations on them (128 KiB of float32), and the fewest that torch

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from research.quant.kernels import positive
 from research.quant.quantizers.base import Quantizer, QuantizerSpec, Role
+from research.quant.ranges import EPS
 from research.quant.ste import round_ste
 
-EPS = torch.finfo(torch.float32).eps
 NORMALISE = ("auto", True, False)
 RANGE_SHARE = 0.8
 
@@ -72,7 +73,7 @@ class LIQ(Quantizer):
     @property
     def clip(self) -> Tensor:
         """``c``, positive, 0-dim."""
-        return torch.clamp(self.raw_clip.abs(), min=EPS)
+        return positive(self.raw_clip)
 
     @property
     def scale(self) -> Tensor:

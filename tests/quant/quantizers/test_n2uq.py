@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from research.deploy.artifact import load_artifact, save_artifact
 from research.deploy.onnx import export_onnx
@@ -390,6 +390,6 @@ def test_the_pass_is_a_proper_operator(shape: tuple[int, ...]) -> None:
     x, numbers = torch.randn(shape), torch.tensor([1.3, 0.4, 1.0])
     grad = torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
     arguments = (x, grad, numbers[0], numbers[1], borders, lengths, numbers[2])
-    torch.library.opcheck(_terms_in_one_pass, arguments, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(_terms_in_one_pass, arguments, test_utils=("test_schema", "test_faketensor"))
     for found, expected in zip(_terms_in_one_pass(*arguments), _terms(*arguments), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
