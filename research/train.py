@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -26,7 +27,7 @@ from research.learning.prepare import Preparation
 from research.results import seal
 from research.runs.allocation import write_table
 from research.runs.checkpoint import RunCheckpoint, VerifiedCheckpointIO, load_checkpoint, load_newest
-from research.runs.environment import snapshot
+from research.runs.environment import cpu_convolves_bf16, snapshot
 from research.runs.folder import RunFolder
 from research.runs.logger import RunLogger, finish_wandb, wandb_logger
 from research.runs.memory import keep_freed_memory
@@ -56,7 +57,7 @@ def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
 def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any]) -> pl.Trainer:
     """The Trainer of a plain config."""
     settings = dict(config["trainer"])
-    precision = PRECISIONS[str(settings.pop("precision"))]
+    precision = str(settings.pop("precision"))
     settings["profiler"] = settings.get("profiler") or NoProfiler()
     settings["enable_progress_bar"] = settings.get("enable_progress_bar", True) and sys.stdout.isatty()
     checkpoint = RunCheckpoint(folder.checkpoints, **config["checkpoint"])
@@ -72,7 +73,7 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
         callbacks.append(Timer(settings.pop("max_time", None)))  # counts the seconds of all starts of the run
         trainer = pl.Trainer(
             **settings,
-            precision=precision,  # type: ignore[arg-type]
+            precision=PRECISIONS[precision],  # type: ignore[arg-type]
             callbacks=callbacks,
             logger=loggers,
             plugins=[VerifiedCheckpointIO()],
@@ -83,6 +84,8 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
     except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"trainer: {error}") from error
     skip_empty_hooks(callbacks)
+    if precision == "bf16" and isinstance(trainer.accelerator, CPUAccelerator) and not cpu_convolves_bf16():
+        log.warning("this CPU has no bf16 instructions: training is many times faster with trainer.precision=32")
     return trainer
 
 

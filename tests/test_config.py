@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from research.config import build_data, build_module, plain
 from research.quant.recipe import table_to_plain
+from research.runs.folder import RunFolder
 from research.runs.records import write_config
 from research.settings import check_training
 from research.train import build as prepared
+from research.train import build_trainer
 from tests.conformance.registry import FIRST
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +106,21 @@ def test_the_table_of_one_run_is_the_recipe_of_the_next(tmp_path: Path) -> None:
     check_training(config)
     second = build_module(config)
     assert second.table == first.table and second.describe() == first.describe()
+
+
+@pytest.mark.parametrize(("precision", "instructions"), [("bf16", False), ("bf16", True), ("32", False)])
+def test_bf16_without_instructions_for_it_is_warned_of(
+    precision: str,
+    instructions: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("research.train.cpu_convolves_bf16", lambda: instructions)
+    config = composed([f"trainer.precision={precision}", "trainer.accelerator=cpu"])
+    with caplog.at_level(logging.WARNING, logger="research.train"):
+        build_trainer(config, RunFolder.of(tmp_path, "precision", config), [])
+    assert ("trainer.precision=32" in caplog.text) == (precision == "bf16" and not instructions)
 
 
 @pytest.mark.parametrize("config_name", ["evaluate", "export"])

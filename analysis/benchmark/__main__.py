@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,25 +35,31 @@ MEASURES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
 """Subcommand to what measures it, with its settings."""
 
 
+def folder_of(machine: str) -> str:
+    """A folder's name for a machine in words: ``AMD EPYC, 2 cores`` -> ``amd_epyc_2_cores``."""
+    return re.sub(r"[^a-z0-9]+", "_", machine.lower().replace("(r)", "")).strip("_")
+
+
 def benchmark(kind: str, output: str, threads: int, **settings: Any) -> None:
     """Measure, print, and keep the record.
 
     Args:
         kind: subcommand.
-        output: folder of the records.
+        output: folder of the records, with one for each machine inside.
         threads: of torch.
         settings: of the measurement.
     """
     torch.set_num_threads(threads)
     values = MEASURES[kind][0](**settings)
     device = settings.get("device", "cpu")
+    machine = hardware(snapshot(), device)
     record = {
-        "hardware": f"{hardware(snapshot(), device)}, {threads} threads",
+        "hardware": f"{machine}, {threads} threads",
         "torch": torch.__version__,
         "settings": settings,
         "values": values,
     }
-    write_json(Path(output) / f"{kind}.json", record)
+    write_json(Path(output) / folder_of(machine) / f"{kind}.json", record)
     print(page.SECTIONS[kind][1](record))
 
 

@@ -136,21 +136,22 @@ SECTIONS = {
 
 
 def page(folder: Path) -> str:
-    """The page of all records in a folder (``<subcommand>.json``).
+    """The page of all records in a folder (``<machine>/<subcommand>.json``).
 
     Raises:
         ValueError: no record there.
     """
     parts = [
-        "# Performance\n\nRatios of medians measured in turn in one process. The machine was shared: quartiles of the "
-        "single rounds say how far to trust a ratio.\n"
+        "# Performance\n\nRatios of medians measured in turn in one process, on each machine by itself. The machines "
+        "were shared: quartiles of the single rounds say how far to trust a ratio.\n"
     ]
-    found = [kind for kind in SECTIONS if (folder / f"{kind}.json").is_file()]
-    if not found:
+    for kind, (heading, table) in SECTIONS.items():
+        records = sorted(folder.glob(f"*/{kind}.json"))
+        parts += [f"## {heading}\n"] if records else []
+        for path in records:
+            record: Record = json.loads(path.read_text())
+            settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if value is not None)
+            parts.append(f"{table(record)}\n\n{record['hardware']}, torch {record['torch']}; {settings}.\n")
+    if len(parts) == 1:
         raise ValueError(f"records={folder}: no record there; make some, e.g. python -m analysis.benchmark train")
-    for kind in found:
-        heading, table = SECTIONS[kind]
-        record: Record = json.loads((folder / f"{kind}.json").read_text())
-        settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items() if value is not None)
-        parts.append(f"## {heading}\n\n{table(record)}\n\n{record['hardware']}, torch {record['torch']}; {settings}.\n")
     return "\n".join(parts) + "\nGenerated: `python -m analysis.benchmark page`.\n"

@@ -33,6 +33,14 @@ def snapshot() -> dict[str, Any]:
     }
 
 
+def cpu_convolves_bf16() -> bool:
+    """Whether this CPU has instructions with which oneDNN convolves bfloat16 (AVX-512 or newer on x86).
+
+    Without them torch falls back to loops of its own: a compiled bf16 step of ResNet-20 took 15 times the float32 step.
+    """
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def source_revision(root: Path) -> dict[str, Any] | None:
     """Commit and dirty flag of the checkout whose top folder is `root`; None where `root` is no such checkout."""
     top = _git(root, "rev-parse", "--show-toplevel")

@@ -47,7 +47,8 @@ def test_an_engine_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_shows_the_record(values: dict[str, Any], tmp_path: Path) -> None:
     record = {"hardware": "a machine", "torch": "2", "settings": {"rounds": 3}, "values": values}
-    (tmp_path / "inference.json").write_text(json.dumps(record))
+    (tmp_path / "a_machine").mkdir()
+    (tmp_path / "a_machine" / "inference.json").write_text(json.dumps(record))
     text = page.page(tmp_path)
     assert "## Deployed inference" in text and "Skipped: Another: no_such_engine is not installed" in text
     lines = [line for line in text.splitlines() if line.startswith("| ONNX Runtime (")]

@@ -31,7 +31,8 @@ def measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *settin
     """What a subcommand records, after its section was found on the page."""
     monkeypatch.setattr(sys, "argv", ["benchmark", kind, f"output={tmp_path}", "threads=1", *settings])
     command.main()
-    record: dict[str, Any] = json.loads((tmp_path / f"{kind}.json").read_text())
+    [path] = tmp_path.glob(f"*/{kind}.json")
+    record: dict[str, Any] = json.loads(path.read_text())
     text = page.page(tmp_path)
     assert f"## {page.SECTIONS[kind][0]}\n" in text
     assert record["hardware"] in text and f"torch {torch.__version__}" in text
@@ -118,6 +119,23 @@ def test_an_unknown_subcommand_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "error: speed to measure: use one of train, " in capsys.readouterr().err
+
+
+def test_a_page_shows_every_machine(tmp_path: Path) -> None:
+    for machine in ("AMD EPYC, 2 cores", "Intel(R) Xeon(R) Processor, 2 cores"):
+        record = {
+            "hardware": machine,
+            "torch": "2",
+            "settings": {},
+            "values": {"flatbit": {"images_per_second": 1.0, "ratio": 1.0}},
+        }
+        folder = tmp_path / command.folder_of(machine)
+        folder.mkdir()
+        (folder / "data.json").write_text(json.dumps(record))
+    assert {path.name for path in tmp_path.iterdir()} == {"amd_epyc_2_cores", "intel_xeon_processor_2_cores"}
+    text = page.page(tmp_path)
+    assert text.count("## Data path") == 1
+    assert text.index("AMD EPYC, 2 cores, torch 2") < text.index("Intel(R) Xeon(R) Processor, 2 cores, torch 2")
 
 
 def test_a_page_needs_a_record(tmp_path: Path) -> None:
