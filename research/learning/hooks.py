@@ -1,4 +1,4 @@
-"""Lightning's training step without what nobody asked for: hooks that a callback does not use, and their profiling."""
+"""Lightning's training step without what nobody asked for: hooks that nobody defines, and their profiling."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 
@@ -19,15 +20,16 @@ PER_BATCH = (
 )
 
 
-def skip_empty_hooks(callbacks: Iterable[Callback]) -> None:
-    """Let Lightning pass over the hooks of a training step that a callback does not define.
+def skip_empty_hooks(owners: Iterable[Callback | LightningModule]) -> None:
+    """Let Lightning pass over the hooks of a training step that a callback, or a module, does not define.
 
     Calling one of them costs 2 microseconds, 13 for each callback and step; what is not callable is not called.
     """
-    for callback in callbacks:
+    for owner in owners:
+        base = Callback if isinstance(owner, Callback) else LightningModule
         for hook in PER_BATCH:
-            if getattr(type(callback), hook) is getattr(Callback, hook):
-                setattr(callback, hook, None)
+            if getattr(type(owner), hook) is getattr(base, hook):
+                setattr(owner, hook, None)
 
 
 class NoProfiler(PassThroughProfiler):

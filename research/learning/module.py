@@ -129,7 +129,7 @@ class QuantModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The mechanics, for the Trainer."""
-        skip_empty_hooks(self.active)
+        skip_empty_hooks([self, *self.active])
         return list(self.active)
 
     def configure_model(self) -> None:

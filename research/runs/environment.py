@@ -38,7 +38,8 @@ def cpu_convolves_bf16() -> bool:
 
     Without them torch falls back to loops of its own: a compiled bf16 step of ResNet-20 took 15 times the float32 step.
     """
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def source_revision(root: Path) -> dict[str, Any] | None:

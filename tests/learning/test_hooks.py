@@ -1,4 +1,4 @@
-"""Hooks that a callback does not define are not called, and all others are."""
+"""Hooks that a callback or the module does not define are not called, and all others are."""
 
 from __future__ import annotations
 
@@ -32,3 +32,5 @@ def test_only_hooks_with_something_to_do_are_called() -> None:
     own = {action.rpartition(".")[2] for action in profiler.recorded_durations if "Counting" in action}
     assert own & set(PER_BATCH) == {"on_train_batch_end"}
     assert "on_train_epoch_end" in own
+    module = {action.rpartition(".")[2] for action in profiler.recorded_durations if "[LightningModule]" in action}
+    assert module & set(PER_BATCH) == {"on_train_batch_start"}
