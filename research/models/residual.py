@@ -1,11 +1,12 @@
 """The two-convolution residual block in its original and its pre-activation form."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
 
 from research.models.blocks import Add, PadShortcut
+from research.models.structure import Structure
 
 Shortcut = Literal["A", "B"]
 
@@ -142,13 +143,22 @@ def residual_stage(
 ResidualBlock = BasicBlock | PreactivationBlock
 
 
-def pairs_within(
-    blocks: Mapping[str, ResidualBlock], pairs: Callable[[ResidualBlock], list[tuple[str, str]]]
-) -> tuple[tuple[str, str], ...]:
-    """Pairs of names within the blocks as names of the network, in forward order."""
-    return tuple((f"{name}.{a}", f"{name}.{b}") for name, block in blocks.items() for a, b in pairs(block))
+def residual_structure(model: nn.Module, stem: tuple[tuple[str, str], ...]) -> Structure:
+    """Structure of a net of residual blocks between `conv1` and `fc`.
 
+    Args:
+        model: the network.
+        stem: its (conv, bn) pairs in front of the blocks.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, ResidualBlock)}
 
-def residual_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
-    """Residual blocks of `model` by name, in forward order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ResidualBlock)}
+    def within(pairs: Callable[[ResidualBlock], list[tuple[str, str]]]) -> tuple[tuple[str, str], ...]:
+        return tuple((f"{name}.{a}", f"{name}.{b}") for name, block in blocks.items() for a, b in pairs(block))
+
+    return Structure(
+        blocks=tuple(blocks),
+        conv_bn=(*stem, *within(lambda block: block.conv_bn())),
+        first="conv1",
+        last="fc",
+        activation_layer=within(lambda block: block.activation_layer()),
+    )

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from research.models.residual import BasicBlock, conv3x3, pairs_within, residual_blocks, residual_stage
+from research.models.residual import BasicBlock, conv3x3, residual_stage, residual_structure
 from research.models.structure import FloatModel, Structure
 
 Stem = Literal["cifar", "imagenet"]
@@ -45,14 +45,7 @@ class ResNet(FloatModel):
 
     def structure(self) -> Structure:
         """Names of the blocks, of the (conv, bn) pairs and of the first and the last layer."""
-        blocks = residual_blocks(self)
-        return Structure(
-            blocks=tuple(blocks),
-            conv_bn=(("conv1", "bn1"), *pairs_within(blocks, lambda block: block.conv_bn())),
-            first="conv1",
-            last="fc",
-            activation_layer=pairs_within(blocks, lambda block: block.activation_layer()),
-        )
+        return residual_structure(self, stem=(("conv1", "bn1"),))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of the images `x` (N, C, H, W)."""

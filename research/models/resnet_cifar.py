@@ -10,9 +10,8 @@ from research.models.residual import (
     PreactivationBlock,
     Shortcut,
     conv3x3,
-    pairs_within,
-    residual_blocks,
     residual_stage,
+    residual_structure,
 )
 from research.models.structure import FloatModel, Structure
 
@@ -81,15 +80,7 @@ class ResNetCifar(FloatModel):
 
     def structure(self) -> Structure:
         """Names of the blocks, of the (conv, bn) pairs and of the first and the last layer."""
-        blocks = residual_blocks(self)
-        stem = [] if self.preactivation else [("conv1", "bn1")]
-        return Structure(
-            blocks=tuple(blocks),
-            conv_bn=(*stem, *pairs_within(blocks, lambda block: block.conv_bn())),
-            first="conv1",
-            last="fc",
-            activation_layer=pairs_within(blocks, lambda block: block.activation_layer()),
-        )
+        return residual_structure(self, stem=() if self.preactivation else (("conv1", "bn1"),))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of the images `x` (N, C, H, W)."""

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from research.quant.quantizers.base import QuantizerSpec, Role
 from research.quant.quantizers.dorefa import DoReFa
-
-EPS = torch.finfo(torch.float32).eps
+from research.quant.ranges import EPS
 
 
 def pact_clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
