@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from research.quant.layers import QuantLayer, quant_layers
 from research.runs.allocation import ALLOCATION, write_allocation
 from research.runs.logger import written_folders
 
+log = logging.getLogger(__name__)
+
 
 class SearchState(nn.Module):
     """What a search keeps in checkpoints; a mechanic adds its own buffers.
@@ -30,6 +33,20 @@ class SearchState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("input_shape", torch.zeros(3, dtype=torch.int64))
+
+
+class Search(SearchState):
+    """That of a search with an end.
+
+    Attributes:
+        over: whether the widths are decided.
+    """
+
+    over: Tensor
+
+    def __init__(self, over: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("over", torch.tensor(over))
 
 
 class BitSearch(Mechanic):
@@ -135,8 +152,24 @@ class BitSearch(Mechanic):
         """The allocation that the run ends with."""
         return Allocation.of(self.module.net)
 
+    @property
+    def over(self) -> bool:
+        """Whether the widths are decided; those of a search without an end are at any time."""
+        return bool(self.state.over) if isinstance(self.state, Search) else True
+
+    def require_over(self) -> None:
+        """Raise ValueError where a finished network would have widths that are not decided."""
+        if self.is_prepared and not self.over:
+            raise ValueError(
+                f"callbacks.{self.slug}: these weights are of the search, before the widths were decided; use "
+                "finalise.weights=last, and a run of two steps or more"
+            )
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write ``allocation.yaml`` into the run folder, where there is one."""
+        """Write ``allocation.yaml`` into the run folder, where there is one, unless the widths are undecided."""
+        if not self.over:
+            log.warning("callbacks.%s: the run ended before its search, without an allocation", self.slug)
+            return
         for folder in written_folders(trainer):
             write_allocation(folder / ALLOCATION, self.found(), self.module.table)
 

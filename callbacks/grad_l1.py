@@ -15,6 +15,7 @@ from torch import Tensor
 from research.learning.double_backward import layer_weights, twice_differentiable
 from research.learning.evaluation import Evaluation, Objective, State
 from research.learning.mechanic import Mechanic
+from research.learning.perturbation import named_gradients
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -65,8 +66,9 @@ class GradL1(Mechanic):
             with twice_differentiable(self.module.net):
                 evaluation = objective(batch, state)
             parameters = dict(self.module.net.named_parameters())
-            weights = [parameters[name] for name in self.penalised]
-            term = self.strength * gradient_l1(torch.autograd.grad(evaluation.loss, weights, create_graph=True))
+            weights = {name: parameters[name] for name in self.penalised}
+            gradients = named_gradients(evaluation.loss, weights, create_graph=True)
+            term = self.strength * gradient_l1(list(gradients.values()))
             terms = {**evaluation.terms, self.slug: term}
             return replace(evaluation, loss=evaluation.loss + term, terms=terms)
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from research.learning.double_backward import layer_weights, twice_differentiable
 from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
 from research.learning.mechanic import Claim, Mechanic
-from research.learning.perturbation import EPS, joint_norm, moved_parameters, named_gradients, sam_perturbation
+from research.learning.perturbation import (
+    EPS,
+    joint_norm,
+    moved_parameters,
+    named_gradients,
+    perturbed_parameters,
+    sam_perturbation,
+)
 
 if TYPE_CHECKING:
     from research.learning.module import QuantModule
@@ -70,7 +77,7 @@ class HERO(Mechanic):
 
     Args:
         radius: ``h``, size of the perturbation; 0 is plain training, bit for bit.
-        strength: lambda, weight of the penalty; 0 is SAM (ASAM where adaptive) and builds no second-order graph.
+        strength: lambda, weight of the penalty; 0 is SAM at this perturbed point and builds no second-order graph.
         adaptive: perturb in proportion to the squared parameters; ``radius`` is then relative.
         warmup_epochs: epochs without the penalty at the start, of steps at the perturbed point.
         penalty: ``mean_square`` (official code) or ``norm`` (the paper's, as recalled).
@@ -144,7 +151,7 @@ class HERO(Mechanic):
             with same_noise(module.device) as rewind:
                 before = cloned_buffers(module.net)
                 first = objective(batch, state)
-                parameters = {name: p for name, p in module.net.named_parameters() if p.requires_grad}
+                parameters = perturbed_parameters(module.net)
                 clean = named_gradients(first.loss, parameters)
                 perturbation = hero_perturbation(clean, parameters, self.radius, self.adaptive)
                 rewind()

@@ -17,6 +17,8 @@ from research.learning.perturbation import (
     average_over_processes,
     moved_parameters,
     named_gradients,
+    perturbed_parameters,
+    range_names,
     sam_perturbation,
 )
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class SAM(Mechanic):
-    """Minimise the loss at the worst point of a ball around the latent parameters.
+    """Minimise the loss at the worst point of a ball around the latent parameters (but those that choose a width).
 
     Two evaluations a step: the gradient at the parameters gives the perturbation, the loss at the perturbed parameters
     is the step's loss. The first counts for metrics and statistics; both see the same noise.
@@ -64,12 +66,12 @@ class SAM(Mechanic):
 
     def perturbation(self, module: QuantModule, loss: Tensor) -> dict[str, Tensor]:
         """The step's perturbation by parameter name, without gradient."""
-        parameters = {name: p for name, p in module.net.named_parameters() if p.requires_grad}
+        parameters = perturbed_parameters(module.net)
         gradients = named_gradients(loss, parameters)
         if self.sync_perturbation:
             average_over_processes(gradients)
         if self.adaptive:
-            return asam_perturbation(gradients, parameters, self.rho, self.eta)
+            return asam_perturbation(gradients, parameters, self.rho, self.eta, range_names(module.net))
         return sam_perturbation(gradients, self.rho)
 
     def wrap_objective(self, objective: Objective) -> Objective:

@@ -22,8 +22,8 @@ from research.learning.perturbation import (
     qasam_perturbation,
     sam_perturbation,
 )
-from research.quant.kinds import BIASES, Kind, parameter_kinds
-from research.quant.layers import quant_layers
+from research.quant.kinds import BIASES, RANGES, Kind, parameter_kinds
+from research.quant.layers import QuantLayer, quant_layers
 from research.quant.passes import weight_leaves
 
 if TYPE_CHECKING:
@@ -127,12 +127,12 @@ class SAQ(Mechanic):
         Args:
             gradients: first gradients by name.
             points: where they were taken, by name.
-            plain: names of biases, which the adaptive form does not adapt.
+            plain: names that the adaptive form does not adapt: of biases; in case 2 of ranges, vectors aside.
         """
         if not self.adaptive:
             return sam_perturbation(gradients, self.rho)
         if self.case == 2:
-            return asam_perturbation(gradients, points, self.rho, self.eta)
+            return asam_perturbation(gradients, points, self.rho, self.eta, plain)
         return qasam_perturbation(gradients, points, plain, self.rho, self.eta)
 
     def perturbed(self, net: FloatModel) -> tuple[list[str], dict[str, Kind]]:
@@ -149,7 +149,8 @@ class SAQ(Mechanic):
         """The loss at the perturbed point, with outputs and terms of the unperturbed evaluation."""
         net = self.module.net
         layers, kinds = self.perturbed(net)
-        plain = {name for name, kind in kinds.items() if kind in BIASES}
+        plain = {name for name, kind in kinds.items() if kind in (RANGES if self.case == 2 else BIASES)}
+        trained = {name: has_trained_weight(layer) for name, layer in quant_layers(net)}
 
         def sharpness_aware(batch: Any, state: State | None = None) -> Evaluation:
             given = dict(state or {})
@@ -160,7 +161,7 @@ class SAQ(Mechanic):
                 own = dict(net.named_parameters())
                 leaves: dict[str, Tensor] = {name: own[name] for name in kinds if own[name].requires_grad}
                 if self.case == 3:
-                    leaves |= {f"{layer}.weight": offsets[layer] for layer in layers}
+                    leaves |= {f"{layer}.weight": offsets[layer] for layer in layers if trained[layer]}
                 start = {**own, **given}
                 points = {**start, **quantized_at(net, given)} if self.adaptive and self.case == 3 else start
                 moves = self.perturbation(self.gradients(first.loss, leaves), points, plain)
@@ -175,6 +176,14 @@ class SAQ(Mechanic):
             return Evaluation(batch, second.loss, first.outputs, first.terms, first.taps)
 
         return sharpness_aware
+
+
+def has_trained_weight(layer: QuantLayer) -> bool:
+    """Whether training moves a layer's weight: the latent one, or the parameters of a quantizer that holds it."""
+    quantizer = layer.weight_quantizer
+    if quantizer is not None and quantizer.owns_weight:
+        return any(parameter.requires_grad for parameter in quantizer.parameters())
+    return bool(layer.weight.requires_grad)
 
 
 class _QuantizedWeights(nn.Module):

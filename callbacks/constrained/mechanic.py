@@ -234,6 +234,10 @@ class Constrained(Mechanic):
             raise ValueError(
                 f"callbacks.{self.slug}.keep={self.keep}: use 1 to {selectable}, the layers with fewer bits"
             )
+        try:
+            Allocation({name: options[-1] for name, options in choices.items()}).widths(net)
+        except ValueError as error:
+            raise ValueError(f"callbacks.{self.slug}.high_bits={self.high_bits}: {error}") from None
         if self.budgets:
             structure = net.structure()
             shape = self.batches[0][0].shape[1:]
@@ -279,7 +283,7 @@ class Constrained(Mechanic):
                     pl_module.log(f"{prefix}/dual/{name}", self.state.duals[row, column])
                     pl_module.log(f"{prefix}/slack/{name}", slacks[row, column])
         if self.selecting:
-            due = trainer.global_step >= self.select_at * self.module.progress.total
+            due = trainer.global_step >= round(self.select_at * self.module.progress.total)
             if due and not self.state.selected:
                 self._select()
             pl_module.log_dict(Allocation.of(self.module.net).metrics())
@@ -303,15 +307,17 @@ class Constrained(Mechanic):
             found = within(duals, choices, self.counts, self.budgets)
         before = Allocation.of(net)
         found.apply(net)
-        changed = [
-            quantizer
-            for name, layer in quant_layers(net)
-            if found[name] != before[name]
-            for quantizer in (layer.weight_quantizer, layer.input_quantizer)
-            if quantizer is not None
-        ]
-        for quantizer in changed:
-            quantizer.initialised.fill_(False)
+        changed: list[nn.Module] = []
+        for name, layer in quant_layers(net):
+            for quantizer, has, had in (
+                (layer.weight_quantizer, found[name].weight, before[name].weight),
+                (layer.input_quantizer, found[name].input, before[name].input),
+            ):
+                if quantizer is not None and has != had:
+                    quantizer.initialised.fill_(False)
+                    changed.append(quantizer)
+                    if layer.output_quantizer is not None:  # may hold a scale, which calibration fits as well
+                        changed.append(layer.output_quantizer)
         with torch.compiler.set_stance("force_eager"):
             calibrate(net, [images for images, _ in self.batches])
         broadcast(changed)

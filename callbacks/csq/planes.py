@@ -5,10 +5,14 @@ All functions take the planes first: digits have shape (N, ...), gates (N,).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+HARDEST = 1e30
+"""Greatest inverse temperature, within float32; a sigmoid is a step long before."""
 
 
 def plane_weights(planes: int) -> Tensor:
@@ -21,10 +25,11 @@ def temperature(progress: float, beta_max: float) -> float:
     """Inverse temperature ``beta = beta_max^progress`` (official code).
 
     Args:
-        progress: part of the search that is over; above 1 it goes on growing.
-        beta_max: value at 1; at 0 it is 1.
+        progress: part of the search that is over; above 1 it goes on growing, up to ``HARDEST``.
+        beta_max: value at 1, 1 or more; at 0 it is 1.
     """
-    return float(beta_max**progress)
+    most = math.log(HARDEST) / math.log(beta_max) if beta_max > 1 else math.inf
+    return float(beta_max ** min(progress, most))
 
 
 def soft_weight(

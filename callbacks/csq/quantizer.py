@@ -28,6 +28,7 @@ class GatedPlanes(PlaneWeight):
         mask: 1 for an open plane, else 0, (N,).
     """
 
+    choice_parameters = ("gates",)
     weights: Tensor
     beta: Tensor
     hard: Tensor

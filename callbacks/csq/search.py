@@ -49,9 +49,10 @@ class PlaneWeight(Quantizer):
     min_bits = {"weight": 2, "input": 2, "output": 2}
 
     def __init__(self, source: LSQ, planes: int) -> None:
-        super().__init__(replace(source.spec, bits=planes + 1, granularity="tensor"), source.shape, None, "weight")
+        spec = replace(source.spec, granularity="tensor")
+        super().__init__(spec.with_bits(planes + 1), source.shape, None, "weight")
         self.planes = planes
-        self._plain = (source.spec, source.shape, source.channel_axis, source.role)
+        self._plain = (spec, source.shape, None, source.role)
         self._plain_options = (source.count_batch, source.gradient_factor, source.mask)
         elements = torch.Size(source.shape).numel()
         self.positive = nn.Parameter(torch.zeros(planes, elements))
@@ -73,7 +74,7 @@ class PlaneWeight(Quantizer):
         return codes.to(scale.dtype) * scale
 
     def plain(self, scale: Tensor, bits: int) -> LSQ:
-        """The LSQ quantizer with this scale and width; otherwise that of the recipe."""
+        """The LSQ quantizer with this scale and width, one for the tensor; otherwise that of the recipe."""
         found = LSQ(*self._plain, *self._plain_options).to(scale.device, scale.dtype).train(self.training)
         found.raw_scale.fill_(scale)
         found.bits.fill_(bits)

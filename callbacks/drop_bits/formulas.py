@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from research.quant.relaxed_grid import Noise, grid_mass
 
@@ -99,16 +98,16 @@ def most_probable(x: Tensor, levels: Levels, noise: Noise) -> Tensor:
     return codes
 
 
-def improbabilities(nonzero: Tensor) -> list[float]:
-    """``-log P`` that a grid keeps exactly 1 .. b bits: all levels up to there, not the next one (inferred).
+def odds_against(nonzero: Tensor, present: int) -> list[float]:
+    """``sum_(k < j <= present) log(P(Z_j != 0) / P(Z_j = 0))`` for widths k of 1 .. present: the log-odds of the levels
+    that go with the bits above k; 0 at the present width (inferred).
 
     Args:
         nonzero: `nonzero_logit` of the levels 2 .. b, (b - 1,).
+        present: `kept_bits` of them, so that no term is negative.
     """
-    stays = -logsigmoid(nonzero.double())
-    goes = -logsigmoid(-nonzero.double())
-    zero = stays.new_zeros(1)
-    return (torch.cat([zero, stays.cumsum(0)]) + torch.cat([goes, zero])).tolist()
+    logits = nonzero[: present - 1].double()
+    return [*logits.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
 
 def kept_bits(nonzero: Sequence[float]) -> int:

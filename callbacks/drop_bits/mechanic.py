@@ -14,8 +14,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, SearchState
-from callbacks.drop_bits.formulas import improbabilities, kept_bits
+from callbacks.bit_search import BitSearch, Search
+from callbacks.drop_bits.formulas import kept_bits, odds_against
 from callbacks.drop_bits.quantizer import DroppedBits
 from research.learning.evaluation import Evaluation
 from research.learning.mechanic import Claim, ParameterGroup
@@ -33,20 +33,6 @@ Weighting = Literal["layer", "size"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
-class Search(SearchState):
-    """What the mechanic keeps in checkpoints next to its quantizers.
-
-    Attributes:
-        over: whether the masks are fixed.
-    """
-
-    over: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("over", torch.tensor(False))
-
-
 class DropBits(BitSearch):
     """Every step drops the upper bits of every semi-relaxed quantizer at random; the probabilities are trained.
 
@@ -56,12 +42,12 @@ class DropBits(BitSearch):
 
     Args:
         budget: one or several, see `research.quant.budget`; None: ``strength`` alone decides how many bits there are.
-        bits: width that the weights start with, 2 or more: they keep 1 to so many.
+        bits: width that the weights start a search with, 2 or more: they keep 1 to so many.
         input_bits: the same for the quantized inputs of these layers; None: inputs stay as they are.
         search_ends: also the first and the last layer, instead of leaving them as they are.
         keep: ``sigmoid(log_a)`` at first; 1: nothing is dropped, the mechanic does nothing.
         learn: train ``log_a``, or leave it as it starts.
-        strength: lambda of the penalty on the weights' levels; 0: widths stay as they are.
+        strength: lambda of the penalty on the weights' levels; 0: no search, the widths are those of the recipe.
         input_strength: lambda of the inputs' levels; None: ``strength``.
         weighting: of the penalty: all layers alike, or ``size``: by their weights (or input elements), 1 on average.
         lr: learning rate of ``log_a``, by Adam without weight decay, on the run's schedule.
@@ -143,8 +129,13 @@ class DropBits(BitSearch):
         if self.keep == 1:
             self.choices = self.choices_of(net, lambda present: [present])
             return
-        self.choices = self.choices_of(net, self._candidates)
-        self.start_at_widest(net)
+        if self.strength:
+            self.choices = self.choices_of(net, self._candidates)
+            self.start_at_widest(net)
+        else:
+            self.choices = self.choices_of(net, lambda present: [present])
+            if narrow := [name for name, quantizer in found.items() if int(quantizer.bits) < 2]:
+                raise ValueError(f"callbacks.{self.slug}: {narrow[0]} has one bit, none to drop; use 2 or more")
         for name, quantizer in found.items():
             self.dropped[name] = DroppedBits(quantizer, int(quantizer.bits), self.keep, self.learn)
             replace_module(net, name, self.dropped[name])
@@ -223,6 +214,11 @@ class DropBits(BitSearch):
 
     # -- the end -----------------------------------------------------------------------------------------------
 
+    @property
+    def over(self) -> bool:
+        """Whether the widths are decided: without a search they always are."""
+        return not self.strength or bool(self.state.over)
+
     def _end_if_within(self) -> None:
         """End the search if the probable widths are within the budget, which is looked at when they have changed."""
         if bool(self.state.over) or not self.dropped or not self.budgets:
@@ -245,11 +241,16 @@ class DropBits(BitSearch):
             log.info("drop_bits: the search is over; bits %s; cost %s", widths, self.costs(found))
 
     def read_out(self) -> Allocation:
-        """The allocation that the masks have come to, reduced to the budgets (the reduction: inferred)."""
+        """The allocation that the masks have come to; beyond a budget, reduced where the odds are least against it
+        (the reduction: inferred).
+        """
         present = self.found()
         if not self.budgets or self.within(present):
             return present
-        tables = {name: improbabilities(quantizer.nonzero.detach()) for name, quantizer in self.dropped.items()}
+        tables = {
+            name: odds_against(quantizer.nonzero.detach(), int(quantizer.bits))
+            for name, quantizer in self.dropped.items()
+        }
         sensitivities = {
             name: {
                 bits: sum(
@@ -280,11 +281,7 @@ class DropBits(BitSearch):
 
     def finalise(self, net: nn.Module) -> None:
         """Put plain SRQ quantizers in place; refuse an open search, and widths beyond the budget."""
-        if self.is_prepared and self.strength and not bool(self.state.over):
-            raise ValueError(
-                f"callbacks.{self.slug}: these weights are of the search, before the widths were decided; use "
-                "finalise.weights=last, and a run of two steps or more"
-            )
+        self.require_over()
         for name, quantizer in list(quantizers(net)):
             if isinstance(quantizer, DroppedBits):
                 replace_module(net, name, quantizer.plain())

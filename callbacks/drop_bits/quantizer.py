@@ -41,6 +41,7 @@ class DroppedBits(SRQ):
         bits: the width in evaluation.
     """
 
+    choice_parameters = ("log_a",)
     parameter_options = {**SRQ.parameter_options, "log_a": {"weight_decay": 0.0}}
     noise: Tensor
     decided: Tensor

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, SearchState
+from callbacks.bit_search import BitSearch, Search
 from callbacks.edge_mpq.formulas import GRADIENT_DEPENDENT, SURROGATES, Surrogate, ramp
 from callbacks.edge_mpq.pressure import coarsen_until, penalty, present_layers
 from callbacks.edge_mpq.quantizer import StepRange
@@ -45,20 +45,6 @@ COUNTED: dict[Kind, tuple[Role, ...]] = {
     "activation_max": ("input",),
 }
 """Whose widths a budget of a kind depends on: these are searched."""
-
-
-class Search(SearchState):
-    """What the mechanic keeps in checkpoints next to its quantizers.
-
-    Attributes:
-        over: whether steps and ranges are fixed.
-    """
-
-    over: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("over", torch.tensor(False))
 
 
 class EdgeMPQ(BitSearch):
@@ -322,11 +308,7 @@ class EdgeMPQ(BitSearch):
 
         Neither in a host that was rebuilt from a configuration alone: its numbers come later.
         """
-        if self.is_prepared and not bool(self.state.over):
-            raise ValueError(
-                "callbacks.edge_mpq: these weights are of the search, before the widths were fixed; use "
-                "finalise.weights=last, and a run of two steps or more"
-            )
+        self.require_over()
         if self.is_prepared:
             self.require_within(net)
 

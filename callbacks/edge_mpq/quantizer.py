@@ -50,6 +50,7 @@ class StepRange(Quantizer):
         d, xmax: parameters, 0-dim or with one value per output channel.
     """
 
+    choice_parameters = ("d", "xmax")
     parameter_options = {"d": {"weight_decay": 0.0}, "xmax": {"weight_decay": 0.0}}
     min_bits = {"weight": 2, "input": 1, "output": 1}
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, SearchState
+from callbacks.bit_search import BitSearch, Search
 from callbacks.samq.choice import Picks, drawn_near
 from callbacks.samq.layers import Switched, leaders, require_switchable, switch
 from callbacks.samq.learner import Learner
@@ -35,20 +35,6 @@ log = logging.getLogger(__name__)
 SHARPNESS_AWARE = ("sam", "saq")
 Images = Literal["search", "train"]
 IMAGES: tuple[Images, ...] = get_args(Images)
-
-
-class Search(SearchState):
-    """What is saved with the network; the policy and its optimizer are in `SAMQ.state_dict`.
-
-    Attributes:
-        over: whether the widths are decided.
-    """
-
-    over: Tensor
-
-    def __init__(self, over: bool) -> None:
-        super().__init__()
-        self.register_buffer("over", torch.tensor(over))
 
 
 class SAMQ(BitSearch):
@@ -339,10 +325,10 @@ class SAMQ(BitSearch):
         most = self.budget.value
         least = most * (1 - self.tolerance)
         drawn = drawn_near(self.policy, generator, self.cost, most, least, self.candidates, self.draws, len(self.bits))
-        if self.cost(drawn[-1]) < least:
+        if len(drawn) < self.candidates or self.cost(drawn[-1]) < least:
             log.warning(
-                "callbacks.samq: %d draws have fewer than %d configurations of cost %.6g to %.6g; taking the nearest "
-                "below", self.draws, self.candidates, least, most,
+                "callbacks.samq: %d draws have fewer than %d configurations of cost %.6g to %.6g; comparing %d, the "
+                "nearest below among them", self.draws, self.candidates, least, most, len(drawn),
             )  # fmt: skip
         return drawn
 
@@ -368,11 +354,7 @@ class SAMQ(BitSearch):
 
         Neither in a host that was rebuilt from a configuration alone: its numbers come later.
         """
-        if self.is_prepared and not bool(self.state.over):
-            raise ValueError(
-                "callbacks.samq: these weights are of the search, before the widths were decided; use "
-                "finalise.weights=last, and a run of two steps or more"
-            )
+        self.require_over()
         for name, switched in list(net.named_modules()):
             if isinstance(switched, SwitchedQuantizer | SwitchedBatchNorm2d):
                 replace_module(net, name, switched.present)

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, SearchState, forget_momenta
+from callbacks.bit_search import BitSearch, Search, forget_momenta
 from callbacks.sdq.formulas import CHOICES, WEIGHTINGS, Choice, Weighting, improbabilities, logistic_noise
 from callbacks.sdq.pressure import qer, size_hinge
 from callbacks.sdq.quantizer import StochasticWidth
@@ -35,20 +35,6 @@ log = logging.getLogger(__name__)
 SEARCHED = (LSQ, MinMax, DoReFa)
 OptimizerName = Literal["adam", "sgd"]
 OPTIMIZERS: dict[OptimizerName, str] = {"adam": "torch.optim.Adam", "sgd": "torch.optim.SGD"}
-
-
-class Search(SearchState):
-    """What the mechanic keeps in checkpoints next to its quantizers.
-
-    Attributes:
-        over: whether the widths are decided.
-    """
-
-    over: Tensor
-
-    def __init__(self, over: bool) -> None:
-        super().__init__()
-        self.register_buffer("over", torch.tensor(over))
 
 
 class SDQ(BitSearch):
@@ -286,11 +272,7 @@ class SDQ(BitSearch):
 
         Neither in a host that was rebuilt from a configuration alone: its numbers come later.
         """
-        if self.is_prepared and not bool(self.state.over):
-            raise ValueError(
-                "callbacks.sdq: these weights are of the search, before the widths were decided; use "
-                "finalise.weights=last, and a run of two steps or more"
-            )
+        self.require_over()
         for name, quantizer in list(quantizers(net)):
             if isinstance(quantizer, StochasticWidth):
                 replace_module(net, name, quantizer.higher)

@@ -23,7 +23,7 @@ def squared_error(quantizer: Quantizer, w: Tensor) -> Tensor:
     grid is [-1, 1], so that this is the distance of ``tanh(w) / max|tanh w|`` from its level.
     """
     qmin, qmax = quantizer.limits()
-    reach = quantizer.scale * (qmax - qmin) / 2
+    reach = quantizer.scale_for(w) * (qmax - qmin) / 2
     error = quantizer.fake_quantize(w, rounding=False) - quantizer.fake_quantize(w)
     return (error / reach).square().sum()
 

@@ -31,6 +31,7 @@ class StochasticWidth(Delegating):
         noise: of the draw, 0-dim; set by the mechanic.
     """
 
+    choice_parameters = ("beta",)
     beta: nn.Parameter
     undecided: Tensor
     noise: Tensor

@@ -346,11 +346,7 @@ class SSPS(BitSearch):
 
         Neither in a host that was rebuilt from a configuration alone: its numbers come later.
         """
-        if self.is_prepared and not self.over:
-            raise ValueError(
-                "callbacks.ssps: these weights are of the search, before the widths were decided; use "
-                "finalise.weights=last, and a run of two steps or more"
-            )
+        self.require_over()
         for name, quantizer in list(quantizers(net)):
             if isinstance(quantizer, SearchCell):
                 replace_module(net, name, quantizer.present)

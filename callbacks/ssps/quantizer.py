@@ -55,6 +55,7 @@ class SearchCell(Delegating):
         widths: of the candidates, (n,).
     """
 
+    choice_parameters = ("alpha",)
     alpha: nn.Parameter
     noise: Tensor
     tau: Tensor

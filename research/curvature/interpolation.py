@@ -20,12 +20,11 @@ from research.learning.finalise import measure
 from research.learning.tasks import Task
 from research.models.checkpoint import COUNTER, first_difference
 from research.quant.conv_bn import merge_batchnorm
-from research.quant.kinds import Kind, parameter_kinds
+from research.quant.kinds import RANGES, parameter_kinds
 from research.quant.layers import quant_layers
 
 Level = Literal["latent", "quantized"]
 LEVELS: tuple[Level, ...] = get_args(Level)
-RANGES: tuple[Kind, ...] = ("weight_range", "input_range")
 
 
 @torch.no_grad()

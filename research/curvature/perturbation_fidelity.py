@@ -51,7 +51,7 @@ def weight_gradients(net: nn.Module, loss: Loss, batches: Sequence[Any]) -> tupl
     """
     layers = _quantized_layers(net)
     with evaluating(net), weight_leaves(net) as offsets:
-        leaves = {f"latent.{name}": layer.weight for name, layer in layers.items()}
+        leaves = {f"latent.{name}": layer.weight for name, layer in layers.items() if layer.weight.requires_grad}
         leaves |= {f"quantized.{name}": offsets[name] for name in layers}
         _, found = accumulated_gradients(net, loss, batches, leaves)
     latent = {name: found[f"latent.{name}"] for name in layers if f"latent.{name}" in found}

@@ -68,7 +68,8 @@ def error_gradient_scales(
 
     ``max(0, mean over batches of (Tr(H) / N) / (3 std(g)))`` with ``g`` and ``H`` the loss's first and second
     derivative at the N elements of the de-quantized tensor (Lee, Kim, Ham 2021, equation 9; probes, tolerance and the
-    mean over batches as in cvlab-yonsei/EWGS). Multiply by the width of a bin for errors in units of bins.
+    mean over batches as in cvlab-yonsei/EWGS); 0 where all gradients are equal, as on a branch that a norm has switched
+    off. Multiply by the width of a bin for errors in units of bins.
 
     Args:
         net: an eager converted network; its statistics move if it is in training mode, so hand over a copy.
@@ -88,6 +89,6 @@ def error_gradient_scales(
         traces = block_traces(gradients, tensors, probes, tolerance, generator)
         elements = torch.tensor([tensor.numel() for tensor in tensors])
         spread = torch.stack([gradient.detach().std().double().cpu() for gradient in gradients])
-        ratios.append(traces / elements / (3 * spread))
+        ratios.append(torch.where(spread > 0, traces / elements / (3 * spread), 0.0))
     scales = torch.clamp(torch.stack(ratios).mean(0), min=0)
     return {name: scale for name, scale in zip(names, scales.float(), strict=True)}

@@ -53,6 +53,8 @@ class HessianScale:
             return module.task.evaluate(net, batch)[1]
 
         net = module.plain_copy().train()
-        with torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(module.device.type, enabled=False):
+            torch.manual_seed(generator.initial_seed())  # of dropout: the same on every rank, and nobody else's
             found = error_gradient_scales(net, loss, batches, generator, self.probes, self.tolerance)
         return {name: scale.to(module.device) for name, scale in found.items()}

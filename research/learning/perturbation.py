@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from research.learning.evaluation import State
+from research.quant.kinds import RANGES, parameter_kinds
 from research.quant.processes import process_count
 
 EPS = 1e-12
@@ -23,6 +24,21 @@ def named_gradients(loss: Tensor, leaves: Mapping[str, Tensor], create_graph: bo
     """Gradients of ``loss`` (0-dim) by name, of the leaves that it depends on."""
     found = torch.autograd.grad(loss, list(leaves.values()), create_graph=create_graph, allow_unused=True)
     return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+
+
+def perturbed_parameters(net: nn.Module) -> dict[str, Tensor]:
+    """What SAM and its kin move, by name: every trained parameter but those that choose a width.
+
+    The loss of a search has a penalty whose gradient would take most of the radius; and the draw of a width, which both
+    evaluations share, would change with its probability.
+    """
+    kinds = parameter_kinds(net)
+    return {name: p for name, p in net.named_parameters() if p.requires_grad and kinds[name] != "choice"}
+
+
+def range_names(net: nn.Module) -> set[str]:
+    """Names of the parameters of quantizers."""
+    return {name for name, kind in parameter_kinds(net).items() if kind in RANGES}
 
 
 def average_over_processes(gradients: Mapping[str, Tensor]) -> None:
@@ -51,7 +67,11 @@ def sam_perturbation(gradients: Mapping[str, Tensor], rho: float) -> dict[str, T
 
 
 def asam_perturbation(
-    gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rho: float, eta: float
+    gradients: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    rho: float,
+    eta: float,
+    plain: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """``rho * T^2 g / ||T g||_2`` with ``T = |w| + eta`` for weights (ndim > 1) and 1 for the rest (ASAM, equation 9).
 
@@ -60,10 +80,11 @@ def asam_perturbation(
         parameters: parameter by the same names.
         rho: radius, in units relative to the parameters.
         eta: keeps the normalisation off zero.
+        plain: names that are no weights whatever their shape, such as a quantizer's scale per channel.
     """
     operator = {
-        name: parameters[name].detach().abs() + eta if parameters[name].ndim > 1 else torch.ones_like(gradient)
-        for name, gradient in gradients.items()
+        name: torch.ones_like(g) if g.ndim < 2 or name in plain else parameters[name].detach().abs() + eta
+        for name, g in gradients.items()
     }
     scaled = {name: operator[name] * gradient for name, gradient in gradients.items()}
     factor = rho / (joint_norm(scaled) + EPS)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from research.quant.cost_convention import CostConvention, Form
 from research.quant.passes import evaluating, passes
 from research.quant.quantizers import Quantizer
+from research.quant.widths import SwitchableBatchNorm2d
 
 FLOAT_BITS = 32
 NOTHING = torch.zeros((), dtype=torch.float64)
@@ -209,9 +210,14 @@ def size_bits(layers: Layers, biases: bool = False, ranges: bool = False, norm_p
 
 
 def count_norm_parameters(net: nn.Module) -> int:
-    """Scales and shifts (gamma, beta) of all batch-norms; running statistics fold into them when deployed."""
+    """Scales and shifts (gamma, beta) of all batch-norms; running statistics fold into them when deployed.
+
+    Of a norm with one copy for each width, one is deployed and counts.
+    """
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return sum(parameter.numel() for norm in norms for parameter in norm.parameters())
+    switchable = [module for module in net.modules() if isinstance(module, SwitchableBatchNorm2d)]
+    others = {copy for module in switchable for copy in list(module.by_width.values())[1:]}
+    return sum(parameter.numel() for norm in norms if norm not in others for parameter in norm.parameters())
 
 
 def megabytes(bits: Tensor | float) -> Tensor | float:

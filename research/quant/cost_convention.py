@@ -22,7 +22,8 @@ class CostConvention:
         shortcut_names: regular expression for the whole name of such a layer.
         input_bits: width of the image in the first layer, unless that layer is float; None for that of its quantizer.
         form: form of the BOPs, ``product`` or ``uniq``.
-        count_sign_bit: add a bit to every quantized weight, for codes whose sign is not among their bits (BSQ, CSQ).
+        count_sign_bit: add a bit to every quantized weight, for widths of others that leave the sign out. Ours have it:
+            what BSQ and CSQ publish is one bit less than the widths of our `bsq` and `csq`.
         count_biases, count_ranges, count_norms: add 32 bits to the size for each bias, each scale or zero point of a
             weight, each batch-norm parameter.
 

@@ -86,4 +86,7 @@ def format_cost(report: Mapping[str, Any]) -> str:
     lines = [f"{key.ljust(width)}  {value:,.6g}" if isinstance(value, float) else f"{key.ljust(width)}  {value:,}"
              for key, value in rows.items()]  # fmt: skip
     stated = ", ".join(f"{key}={value}" for key, value in report["convention"].items())
-    return "\n".join([*lines, f"convention: {stated}"])
+    shared = (
+        "a tensor counts once for each layer that reads it, at the peak once in all"
+    )
+    return "\n".join([*lines, f"convention: {stated}; {shared}"])

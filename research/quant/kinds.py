@@ -8,17 +8,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from research.quant.layers import quant_layers, quantizers
+from research.quant.quantizers import Quantizer
 
-Kind = Literal["weight", "bias", "norm_weight", "norm_bias", "weight_range", "input_range", "other"]
+Kind = Literal["weight", "bias", "norm_weight", "norm_bias", "weight_range", "input_range", "choice", "other"]
 BIASES: tuple[Kind, ...] = ("bias", "norm_bias")
+RANGES: tuple[Kind, ...] = ("weight_range", "input_range", "choice")
 
 
 def parameter_kinds(net: nn.Module) -> dict[str, Kind]:
     """The kind of every parameter of ``net`` by its name.
 
     ``weight`` and ``bias`` of the layers that ``convert`` made; ``norm_weight`` and ``norm_bias`` of batch-norms;
-    ``weight_range``: what weight quantizers learn; ``input_range``: what quantizers of inputs and outputs learn; else
-    ``other``.
+    ``weight_range``: what weight quantizers learn; ``input_range``: what quantizers of inputs and outputs learn;
+    ``choice``: what of these chooses a width (`Quantizer.choice_parameters`); else ``other``.
     """
     kinds: dict[nn.Parameter, Kind] = {}
     for _, layer in quant_layers(net):
@@ -32,4 +34,6 @@ def parameter_kinds(net: nn.Module) -> dict[str, Kind]:
     for _, quantizer in quantizers(net):
         for parameter in quantizer.parameters():
             kinds[parameter] = "weight_range" if quantizer.role == "weight" else "input_range"
+    for quantizer in (module for module in net.modules() if isinstance(module, Quantizer)):
+        kinds |= {getattr(quantizer, name): "choice" for name in quantizer.choice_parameters}
     return {name: kinds.get(parameter, "other") for name, parameter in net.named_parameters()}

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from callbacks.drop_bits import DropBits
-from callbacks.drop_bits.formulas import improbabilities
 from callbacks.drop_bits.quantizer import DroppedBits
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
@@ -198,25 +197,63 @@ def test_the_search_ends_as_soon_as_the_probable_widths_are_within_the_budget() 
     assert {float(value) for each in mechanic(done).dropped.values() for value in each.noise} == {0.5}, "nothing drawn"
 
 
-def test_the_most_probable_widths_within_the_budget_are_read_out() -> None:
+def set_probabilities(found: DropBits, values: dict[str, list[float]]) -> None:
+    """``P(Z != 0)`` of the levels of the quantizers, and the widths that follow from them."""
+    for name, quantizer in found.dropped.items():
+        p = torch.tensor(values[name])
+        quantizer.log_a.data.copy_(torch.logit(p) - (quantizer.nonzero - quantizer.log_a).detach())
+        quantizer.bits.fill_(next((k for k, each in enumerate(values[name], start=1) if each <= 0.5), len(p) + 1))
+
+
+def test_a_reduction_to_the_budget_has_the_least_odds_against_it() -> None:
     module = searching(bits=3, budget={**THREE, "value": 2})
     found = mechanic(module)
     found.prepare(module, [(torch.zeros(1, 3, 8, 8), torch.zeros(1))])
     generator = torch.Generator().manual_seed(0)
-    for quantizer in found.dropped.values():
-        quantizer.log_a.data.copy_(2 * torch.rand(2, generator=generator) - 1.2)
-    found._checked = Allocation.of(module.net)
-    assert found.read_out() != Allocation.of(module.net)
-    tables = {name: improbabilities(found.dropped[f"{name}.weight_quantizer"].nonzero) for name in found.layers}
-    fixed, best = Allocation.of(module.net), math.inf
-    for widths in itertools.product((1, 2, 3), repeat=len(tables)):
+    values = {name: (0.4 + 0.5 * torch.rand(2, generator=generator)).tolist() for name in found.dropped}
+    set_probabilities(found, values)
+    present = Allocation.of(module.net)
+    assert not found.within(present)
+    tables: dict[str, list[float]] = {}
+    for name in found.layers:
+        odds = [math.log(p / (1 - p)) for p in values[f"{name}.weight_quantizer"][: present[name].weight - 1]]
+        tables[name] = [sum(odds[k:]) for k in range(len(odds) + 1)]
+    best = math.inf
+    for widths in itertools.product(*(range(1, present[name].weight + 1) for name in tables)):
         picked = dict(zip(tables, widths, strict=True))
-        layers = {name: LayerBits(picked.get(name, bits.weight), bits.input) for name, bits in fixed.items()}
+        layers = {name: LayerBits(picked.get(name, bits.weight), bits.input) for name, bits in present.items()}
         if found.within(Allocation(layers)):
             best = min(best, sum(tables[name][width - 1] for name, width in picked.items()))
     chosen = found.read_out()
     assert found.within(chosen)
-    assert sum(tables[name][chosen[name].weight - 1] for name in tables) == pytest.approx(best, rel=1e-9)
+    assert sum(tables[name][chosen[name].weight - 1] for name in tables) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.55, 0.65, 0.9])
+def test_a_reduction_takes_no_more_than_the_budget_asks_for(p: float) -> None:
+    module = searching(bits=4, input_bits=4, budget=THREE)
+    found = mechanic(module)
+    found.prepare(module, [(torch.zeros(1, 3, 8, 8), torch.zeros(1))])
+    set_probabilities(found, dict.fromkeys(found.dropped, [p] * 3))
+    chosen = found.read_out()
+    (budget,) = found.budgets
+    cost = budget.cost(found.counts, chosen)
+    assert cost <= 3
+    assert {bits.input for bits in inner(chosen)} == {4}, "no budget counts inputs"
+    for name, bits in chosen.items():
+        if name in found.layers and bits.weight < 4:
+            wider = Allocation({**dict(chosen.items()), name: LayerBits(bits.weight + 1, bits.input)})
+            assert not found.within(wider), "one bit more would have been within the budget"
+
+
+def test_without_a_search_the_widths_are_those_of_the_recipe() -> None:
+    narrow = {**RECIPE, "weight": {**RECIPE["weight"], "bits": 2}, "input": {**RECIPE["input"], "bits": 3}, **ENDS}
+    module = searching(narrow, **FIXED)
+    assert set(inner(Allocation.of(module.net))) == {LayerBits(2, 3)}
+    assert {len(quantizer.log_a) for quantizer in mechanic(module).dropped.values()} == {1, 2}
+    binary = {**RECIPE, "weight": {**RECIPE["weight"], "bits": 1}, **ENDS}
+    with pytest.raises(ValueError, match=r"callbacks.drop_bits: .*weight_quantizer has one bit"):
+        searching(binary, **FIXED)
 
 
 def test_without_a_budget_the_masks_decide() -> None:

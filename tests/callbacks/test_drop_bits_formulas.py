@@ -15,13 +15,13 @@ from callbacks.drop_bits.formulas import (
     ZETA,
     Levels,
     hard_concrete,
-    improbabilities,
     kept_bits,
     mask_of,
     masked_mass,
     most_probable,
     nested,
     nonzero_logit,
+    odds_against,
 )
 from callbacks.drop_bits.quantizer import DroppedBits
 from research.quant.grid import code_limits
@@ -184,13 +184,21 @@ def test_log_a_learns_from_the_value_and_nothing_else_in_evaluation() -> None:
 def test_the_width_is_the_highest_level_without_a_gap() -> None:
     assert [kept_bits(logits) for logits in ([1, 1, 1], [1, -1, 1], [-1, 5, 5], [2, 2, -0.1])] == [4, 2, 1, 3]
     p = torch.tensor([0.9, 0.3, 0.6], dtype=DOUBLE)
-    found = improbabilities(torch.logit(p))
     expected = [0.1, 0.9 * 0.7, 0.9 * 0.3 * 0.4, 0.9 * 0.3 * 0.6]
-    assert found == pytest.approx([-np.log(value) for value in expected])
-    assert sum(np.exp(-value) for value in found) == pytest.approx(1)
     quantizer = dropped(4)
     quantizer.log_a.data.copy_(torch.logit(p) + TAU * np.log(-GAMMA / ZETA))
     assert float(quantizer.expected_bits.detach()) == pytest.approx(sum(k * v for k, v in enumerate(expected, start=1)))
+
+
+def test_the_odds_against_dropping_grow_with_every_level() -> None:
+    p = torch.tensor([0.9, 0.6, 0.7, 0.2], dtype=DOUBLE)
+    logits = torch.logit(p)
+    present = kept_bits(logits.tolist())
+    assert present == 4
+    odds = [0.9 / 0.1, 0.6 / 0.4, 0.7 / 0.3]
+    expected = [np.log(odds[0] * odds[1] * odds[2]), np.log(odds[1] * odds[2]), np.log(odds[2]), 0]
+    assert odds_against(logits, present) == pytest.approx(expected)
+    assert odds_against(logits, 1) == [0.0]
 
 
 def test_masks_are_nested() -> None:

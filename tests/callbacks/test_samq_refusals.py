@@ -40,7 +40,7 @@ def test_a_policy_that_no_epoch_trained_and_a_budget_that_few_meet_are_warned_of
     module = searching(budget={**THREE, "value": 2.02}, tolerance=0.0)
     fit(module, max_epochs=1)
     assert "the policy has not been trained" in caplog.text
-    assert "taking the nearest below" in caplog.text
+    assert "the nearest below among them" in caplog.text
     assert mechanic(module).within(Allocation.of(module.net))
 
 

@@ -170,7 +170,7 @@ def test_mixed_example_from_a_converted_net():
     assert report["weight_bits_layer_mean"] == pytest.approx((8 + 6 * 4 + 6 * 3 + 6 * 2 + 8) / 20)
     assert report["activation_bits"] == pytest.approx((187456 * 4 + (3072 + 64) * 4) / 187456)
     assert report["convention"]["first_last"] == "all"
-    assert "first_last=all" in format_cost(report)
+    assert "first_last=all" in format_cost(report) and "once for each layer that reads it" in format_cost(report)
 
 
 def test_report_counts_biases_norms_and_scales():

@@ -95,6 +95,7 @@ class Quantizer(nn.Module):
         channelwise: per-channel granularity is defined.
         owns_weight: the quantizer holds the parameters of the weight itself; the layer freezes its own.
         parameter_options: optimizer options of own parameters by name, e.g. ``{"scale": {"weight_decay": 0.0}}``.
+        choice_parameters: names of own parameters that choose a width, which perturbations of the network leave alone.
         min_bits: least width for which the quantizer is defined, by role.
         max_bits: greatest width for which it is defined.
         midrise: the codes are those of a mid-rise grid, not of a uniform one.
@@ -104,6 +105,7 @@ class Quantizer(nn.Module):
     output_scale: ClassVar[bool] = False
     owns_weight: ClassVar[bool] = False
     parameter_options: ClassVar[dict[str, dict[str, float]]] = {}
+    choice_parameters: ClassVar[tuple[str, ...]] = ()
     min_bits: ClassVar[dict[str, int]] = {"weight": 1, "input": 1, "output": 1}
     max_bits: ClassVar[int] = MAX_BITS
     channelwise: ClassVar[bool] = True
@@ -164,6 +166,10 @@ class Quantizer(nn.Module):
     def scale(self) -> Tensor:
         """The step between neighbouring codes (positive, float32); differentiable. Codebook grids: the codebook."""
         raise NotImplementedError
+
+    def scale_for(self, x: Tensor) -> Tensor:
+        """``scale``, of a quantizer whose scale follows from the tensor itself that for ``x``."""
+        return self.scale
 
     @property
     def zero_point(self) -> Tensor | None:

@@ -76,6 +76,10 @@ class DoReFa(Quantizer):
         """The step between neighbouring codes; for mid-rise codes half of it, since they are doubled."""
         return self._scale(self.magnitude)
 
+    def scale_for(self, x: Tensor) -> Tensor:
+        """``scale`` for ``x``, whatever was quantized last."""
+        return self._scale(self._magnitude(x))
+
     def _magnitude(self, x: Tensor) -> Tensor:
         """What the scale depends on in ``x``: ``mean|w|`` of mid-rise weights, else the stored range."""
         return torch.clamp(x.detach().abs().mean(), min=TINY) if self.midrise else self.magnitude
@@ -96,7 +100,7 @@ class DoReFa(Quantizer):
 
     def transform(self, x: Tensor) -> Tensor:
         """The clipped input or normalised weight in units of codes."""
-        return self._codes(x, self._scale(self._magnitude(x)))
+        return self._codes(x, self.scale_for(x))
 
     def _round(self, transformed: Tensor) -> Tensor:
         """Codes within the limits, without derivative."""
@@ -118,7 +122,7 @@ class DoReFa(Quantizer):
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """The quantized value, with the derivative of the value before rounding."""
-        scale = self._scale(self._magnitude(x))
+        scale = self.scale_for(x)
         transformed = self._codes(x, scale)
         relaxed = transformed * scale
         return straight_through(self._round(transformed) * scale, relaxed) if rounding else relaxed
