@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise
+from research.learning.evaluation import Evaluation, Objective, State, cloned_buffers, same_noise, under_state
 from research.learning.mechanic import Claim, Mechanic
 from research.learning.perturbation import (
     asam_perturbation,
@@ -186,20 +185,8 @@ def has_trained_weight(layer: QuantLayer) -> bool:
     return bool(layer.weight.requires_grad)
 
 
-class _QuantizedWeights(nn.Module):
-    """Gives the quantized weights of a network, so that ``functional_call`` can give them under any state."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self) -> dict[str, Tensor]:
-        return {f"{name}.weight": layer.quantized_weight() for name, layer in quant_layers(self.net)}
-
-
 @torch.no_grad()
 def quantized_at(net: nn.Module, state: State) -> dict[str, Tensor]:
     """The quantized weights of ``net`` under ``state``, by the name of the latent weight."""
-    named = {f"net.{name}": tensor for name, tensor in state.items()}
-    weights: dict[str, Tensor] = functional_call(_QuantizedWeights(net), named, ())
-    return weights
+    layers = list(quant_layers(net))
+    return under_state(net, state, lambda: {f"{name}.weight": layer.quantized_weight() for name, layer in layers})

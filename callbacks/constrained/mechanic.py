@@ -235,7 +235,8 @@ class Constrained(Mechanic):
                 f"callbacks.{self.slug}.keep={self.keep}: use 1 to {selectable}, the layers with fewer bits"
             )
         try:
-            Allocation({name: options[-1] for name, options in choices.items()}).widths(net)
+            if self.selecting:
+                Allocation({name: options[-1] for name, options in choices.items()}).widths(net)
         except ValueError as error:
             raise ValueError(f"callbacks.{self.slug}.high_bits={self.high_bits}: {error}") from None
         if self.budgets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from callbacks.oscillation.schedule import annealed, check_warmup
-from research.learning.evaluation import Evaluation
+from research.learning.evaluation import Evaluation, Objective, State, under_state
 from research.learning.mechanic import Mechanic
 from research.quant.layers import QuantLayer, quant_layers
 from research.quant.quantizers.base import Quantizer
@@ -100,12 +100,22 @@ class OscillationDampening(Mechanic):
             trainer.global_step + 1, self.module.progress.total, self.strength_start, self.strength, self.warmup
         )
 
-    def loss_terms(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
-        """The term ``oscillation_dampening``; none while the strength is 0."""
-        if self.current == 0:
-            return {}
+    def penalty(self) -> Tensor:
+        """The sum of `dampening_loss` over all layers; 0-dim."""
         losses = [self._loss(layer, layer.weight_quantizer) for layer in self.layers if layer.weight_quantizer]
-        return {self.slug: self.current * torch.stack(losses).sum()}
+        return torch.stack(losses).sum()
+
+    def wrap_objective(self, objective: Objective) -> Objective:
+        """The loss with the term ``oscillation_dampening``, at the weights of the evaluation; none at strength 0."""
+
+        def dampened(batch: Any, state: State | None = None) -> Evaluation:
+            evaluation = objective(batch, state)
+            if self.current == 0:
+                return evaluation
+            term = self.current * under_state(self.module.net, state or {}, self.penalty)
+            return replace(evaluation, loss=evaluation.loss + term, terms={**evaluation.terms, self.slug: term})
+
+        return dampened
 
     def _loss(self, layer: QuantLayer, quantizer: Quantizer) -> Tensor:
         return dampening_loss(layer.float_weight(), quantizer.scale, *quantizer.limits(), self.aggregation)

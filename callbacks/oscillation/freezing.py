@@ -29,7 +29,7 @@ class OscillationFreezing(CodeTracking):
     Frozen codes act through the layers' ``weight_override``; the scale goes on learning.
 
     Args:
-        threshold_start: threshold at the end of the warm-up; 0 freezes nothing: plain training, bit for bit.
+        threshold_start: threshold at the end of the warm-up; with both 0 nothing freezes: plain training, bit for bit.
         threshold_final: threshold at the end of the run, along a cosine; the same value is a constant threshold.
         warmup: part of the run in which nothing is frozen.
         momentum: m of the frequency and of the average code.

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 State = Mapping[str, Tensor]
 """Parameters and buffers by their name in the network, to be used in place of its own for one evaluation."""
 
 Network = Callable[..., Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,23 @@ def same_noise(device: torch.device) -> Iterator[Callable[[], None]]:
     else:
         state = torch.get_rng_state()
         yield lambda: torch.set_rng_state(state)
+
+
+class _Asked(nn.Module):
+    """Calls a function, as a forward pass, so that `functional_call` can call it with other tensors in ``net``."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, function: Callable[[], Result]) -> Result:
+        return function()
+
+
+def under_state(net: nn.Module, state: State, function: Callable[[], Result]) -> Result:
+    """What ``function()`` makes of ``net`` while that has the tensors of ``state`` in place of its own."""
+    found: Result = functional_call(_Asked(net), {f"net.{name}": tensor for name, tensor in state.items()}, (function,))
+    return found
 
 
 def gradient_loss(value: Tensor, gradients: Mapping[Tensor, Tensor]) -> Tensor:

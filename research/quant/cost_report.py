@@ -86,7 +86,5 @@ def format_cost(report: Mapping[str, Any]) -> str:
     lines = [f"{key.ljust(width)}  {value:,.6g}" if isinstance(value, float) else f"{key.ljust(width)}  {value:,}"
              for key, value in rows.items()]  # fmt: skip
     stated = ", ".join(f"{key}={value}" for key, value in report["convention"].items())
-    shared = (
-        "a tensor counts once for each layer that reads it, at the peak once in all"
-    )
+    shared = "a tensor counts once for each layer that reads it, at the peak once in all"
     return "\n".join([*lines, f"convention: {stated}; {shared}"])

@@ -17,18 +17,20 @@ from research.quant.ranges import power_of_two, reduced_axes
 from research.quant.ste import straight_through
 
 FORMS = ("libra", "xnor")
-TINY = 1e-12
+TINY, SMALL = 1e-12, 1e-6
 DECAY = 0.9
 
 
 def standardised(w: Tensor, channel_axis: int | None = None) -> Tensor:
     """``(w - mean) / std``, unbiased std, per tensor or channel; differentiable in mean and std (IR-Net's code).
 
-    The std is at least 1e-12, our guard of constant filters.
+    The std is at least 1e-6 of the greatest magnitude, and 1e-12: our guard of constant filters, whose differences from
+    their mean are rounding errors.
     """
     axes, keep = reduced_axes(w, channel_axis), channel_axis is not None
     balanced = w - w.mean(dim=axes, keepdim=keep)
-    return balanced / torch.sqrt(torch.clamp(balanced.var(dim=axes, keepdim=keep), min=TINY**2))
+    floor = SMALL * w.detach().abs().amax(dim=axes, keepdim=keep) + TINY
+    return balanced / torch.sqrt(torch.maximum(balanced.var(dim=axes, keepdim=keep), floor.square()))
 
 
 def mean_magnitude(w: Tensor, channel_axis: int | None = None) -> Tensor:
