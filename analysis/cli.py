@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from research.arguments import check_arguments
+from research.error_line import USER_ERRORS, error_line
 
 REQUIRED = "???"
 
@@ -18,6 +23,9 @@ def script(main: Callable[..., None], defaults: Mapping[str, Any]) -> None:
         main: the script's function.
         defaults: every argument with its default, ``???`` for required ones.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage(main, defaults))
+        return
     try:
         given = OmegaConf.to_container(OmegaConf.from_cli(sys.argv[1:]))
         assert isinstance(given, dict)
@@ -28,9 +36,17 @@ def script(main: Callable[..., None], defaults: Mapping[str, Any]) -> None:
         missing = [key for key, value in arguments.items() if value == REQUIRED]
         if missing:
             raise ValueError(f"{missing[0]}= is missing: give {', '.join(f'{key}=...' for key in missing)}")
+        check_arguments(main, arguments, key="")
         main(**arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (*USER_ERRORS, YAMLError) as error:
+        print(f"error: {' '.join(error_line(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def usage(main: Callable[..., None], defaults: Mapping[str, Any]) -> str:
+    """What a script is for, what its arguments mean, and their defaults."""
+    texts = [inspect.getdoc(sys.modules[main.__module__]), inspect.getdoc(main)]
+    values = " ".join(f"{key}={'null' if value is None else value}" for key, value in defaults.items())
+    return "\n\n".join([*(text for text in texts if text), f"Defaults: {values}"])

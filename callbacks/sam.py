@@ -55,6 +55,8 @@ class SAM(Mechanic):
     ) -> None:
         if rho < 0:
             raise ValueError(f"callbacks.sam.rho={rho}: use 0 or more")
+        if eta < 0:
+            raise ValueError(f"callbacks.sam.eta={eta}: use 0 or more, such as 0.01")
         if statistics not in ("counted", "all"):
             raise ValueError(f"callbacks.sam.statistics={statistics}: use counted or all")
         self.rho = rho

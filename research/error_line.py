@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -21,7 +22,12 @@ def error_line(error: BaseException) -> str:
         return f"{error.override}: {error.message.splitlines()[0]}; write key=value, lists in quotes: 'callbacks=[sam]'"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        mechanic = re.match(r"Could not override 'callbacks\.(\w+)", str(error))
+        if mechanic and cause.full_key in ("callbacks", f"callbacks.{mechanic[1]}"):
+            return f"callbacks.{mechanic[1]} is not chosen; choose it with 'callbacks=[{mechanic[1]}]'"
         known = ", ".join(str(key) for key in cause.parent_node or () if key != "hydra")
+        if not known:
+            return f"{cause.full_key} is unknown, and nothing is set there; write +{cause.full_key}=VALUE to add it"
         return f"{cause.full_key} is unknown; use one of {known}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing; add {error.full_key}=VALUE"

@@ -116,6 +116,12 @@ def check_training(config: Mapping[str, Any]) -> None:
     monitor = config["checkpoint"].get("monitor")
     if config["finalise"]["weights"] == "best" and monitor is None:
         raise ValueError("finalise.weights=best needs checkpoint.monitor; add checkpoint.monitor=val/accuracy")
+    every, epochs = (config["trainer"].get(name) for name in ("check_val_every_n_epoch", "max_epochs"))
+    if config["finalise"]["weights"] == "best" and every and epochs is not None and 0 <= epochs < every:
+        raise ValueError(
+            f"finalise.weights=best: with trainer.check_val_every_n_epoch={every} nothing is validated in "
+            f"{epochs} epochs; use 1 to {epochs}"
+        )
     if monitor is not None and not config["data"].get("validation"):
         raise ValueError(f"checkpoint.monitor={monitor}: data.validation=0 holds nothing out; use data.validation=1000")
 
@@ -137,6 +143,10 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     for group in ("norm", "quantizer"):
         changes = dict(optimizer.get(group) or {})
         factor = changes.pop("lr_factor", 1.0)
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise ValueError(f"optimizer.{group}.lr_factor={factor!r}: use a number")
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 0:
+            raise ValueError(f"optimizer.{group}.lr_factor={factor!r}: use a number, 0 or more")
+        if "lr" in changes and "lr_factor" in (optimizer.get(group) or {}):
+            raise ValueError(
+                f"optimizer.{group}: lr and lr_factor contradict each other; add ~optimizer.{group}.lr_factor"
+            )
         check_arguments(target, changes, [], key=f"optimizer.{group}", name=optimizer["_target_"])

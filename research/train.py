@@ -19,7 +19,9 @@ from omegaconf import DictConfig
 from research.cli import command
 from research.config import build_data, build_module, plain, recorded
 from research.data import ImageDataModule
+from research.deploy.qdq import require_forms
 from research.learning.epoch_line import EpochLine
+from research.learning.finalise import finalise
 from research.learning.guard import NonFiniteGuard
 from research.learning.hooks import NoProfiler, skip_empty_hooks
 from research.learning.module import QuantModule
@@ -47,6 +49,9 @@ def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
     pl.seed_everything(config["seed"], verbose=False)
     data, module = build_data(config), build_module(config)
     data.setup()
+    if config["deploy"]["onnx"]:
+        for net in finalise(module).values():
+            require_forms(net)
     calibration = config["calibration"]
     data.check_calibration("calibration.batches", calibration["batches"], calibration["batch_size"])
     if count := config["finalise"]["batchnorm_batches"]:

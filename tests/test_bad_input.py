@@ -154,6 +154,11 @@ COMPOSITION: dict[str, list[str]] = {
     "quantizer.bits=2.5": ["quantizer.bits=2.5: use an integer from 1 to 8, or 32 for float"],
     "quantizer.rules=[{match: none, weight: {bits: 8}}]": ["quantizer.rules[0].match='none' matches no layer: use"],
     "quantizer.weight.name=foo": ["quantizer.*.name='foo' is unknown: use one of minmax, lsq"],
+    "callbacks.sam.rho=1": ["callbacks.sam is not chosen; choose it with 'callbacks=[sam]'"],
+    "quantizer.input.options.alpha=6": ["quantizer.input.options.alpha is unknown", "write +quantizer.input"],
+    "optimizer.quantizer.lr_factor=-1": ["optimizer.quantizer.lr_factor=-1: use a number, 0 or more"],
+    "+optimizer.quantizer.lr=0.1": ["optimizer.quantizer: lr and lr_factor", "~optimizer.quantizer.lr_factor"],
+    "scheduler.final=-1": ["scheduler.final=-1: use 0 or more"],
     "quantizer.table=nowhere.yaml": ["quantizer.table=nowhere.yaml: no such file; use the table.yaml"],
     "init_from=nowhere": ["init_from=nowhere: ", "give a file, a run folder, or paths.checkpoints"],
 }  # fmt: skip
@@ -179,6 +184,26 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
     "a monitor without validation": (
         ["checkpoint.monitor=val/accuracy", "data.validation=0"],
         ["checkpoint.monitor=val/accuracy: data.validation=0", "use data.validation=1000"],
+    ),
+    "a mechanic that is not in the list": (
+        ["callbacks=[distillation]", "callbacks.sam.rho=1"],
+        ["callbacks.sam is not chosen; choose it with 'callbacks=[sam]'"],
+    ),
+    "milestones in epochs": (
+        ["scheduler=step", "scheduler.milestones=[30,60]"],
+        ["scheduler.milestones=[30, 60]: use fractions of the run, from 0 to 1"],
+    ),
+    "features without their weight": (
+        ["callbacks=[distillation]", "callbacks.distillation.taps=[layer1]"],
+        ["callbacks.distillation: feature_weight=0.0, taps=['layer1']: use 0 and []"],
+    ),
+    "the best of no validation": (
+        ["checkpoint.monitor=val/accuracy", "finalise.weights=best", "trainer.check_val_every_n_epoch=5"],
+        ["finalise.weights=best: with trainer.check_val_every_n_epoch=5 nothing is validated in 3 epochs; use 1 to 3"],
+    ),
+    "a quantizer that ONNX has not": (
+        ["quantizer=lq_nets", "deploy.onnx=true"],
+        ["LQNets (mode quantize, grid codebook) has no form in ONNX's QuantizeLinear; use deploy.onnx=false"],
     ),
     "a teacher without weights": (["callbacks=[distillation]"], ["init_from=null: ", "init_from=FILE"]),
 }

@@ -82,9 +82,14 @@ def affine_codes(quantizer: Quantizer, name: str) -> AffineCodes:
         tolerance = 1e-6 * float(values.abs().max())
         if torch.equal(codes, form.codes(x)) and torch.allclose(form.values(codes), values, rtol=0, atol=tolerance):
             return form
-    raise ValueError(
+    raise no_form(quantizer, name)
+
+
+def no_form(quantizer: Quantizer, name: str) -> ValueError:
+    """The error of a quantizer that is no affine map."""
+    return ValueError(
         f"{name}: {type(quantizer).__name__} (mode {quantizer.mode}, grid {quantizer.grid.kind}) has no form in ONNX's "
-        "QuantizeLinear; export the artifact only, or use a quantizer with a uniform grid"
+        "QuantizeLinear; use deploy.onnx=false for the artifact alone, or a quantizer with a uniform grid"
     )
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
-from research.deploy.affine import affine_codes
+from research.deploy.affine import affine_codes, no_form
 from research.deploy.placement import Placement, Wish
 from research.deploy.weights import IntegerWeight, container
+from research.quant.layers import quantizers
 from research.quant.quantizers.n2uq import N2UQ
 
 
@@ -92,6 +93,13 @@ def apply_wish(builder: GraphBuilder, wish: Wish, value: str) -> str:
         return value
     builder.applied.add(wish.name)
     return fake_quantize(builder, wish, value)
+
+
+def require_forms(net: nn.Module) -> None:
+    """Raise ValueError where a quantizer of inputs or outputs has no form in ONNX, which shows before any training."""
+    for name, quantizer in quantizers(net):
+        if quantizer.role != "weight" and not isinstance(quantizer, N2UQ) and quantizer.grid.kind != "uniform":
+            raise no_form(quantizer, name)
 
 
 def fake_quantize(builder: GraphBuilder, wish: Wish, value: str) -> str:

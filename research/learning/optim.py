@@ -179,6 +179,10 @@ class Schedule:
             raise ValueError(f"scheduler.name={name!r}: use one of {', '.join(self.NAMES)}")
         if not 0.0 <= warmup < 1.0:
             raise ValueError(f"scheduler.warmup={warmup}: use a fraction of the run from 0 to below 1")
+        if not all(0 <= fraction <= 1 for fraction in milestones):
+            raise ValueError(f"scheduler.milestones={list(milestones)}: use fractions of the run, from 0 to 1")
+        if final < 0:
+            raise ValueError(f"scheduler.final={final}: use 0 or more")
         self.name, self.total, self.final, self.gamma = name, total, final, gamma
         self.warmup_steps = int(warmup * total)
         self.milestones = [int(fraction * total) for fraction in milestones]

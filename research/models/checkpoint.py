@@ -48,6 +48,8 @@ def load_float_checkpoint(model: nn.Module, path: str | Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"init_from={path}: truncated or corrupt ({error}); use an intact copy of the file") from error
     expected = model.state_dict()
+    if any("quantizer." in name for name in found):
+        raise ValueError(f"init_from={path}: weights of a quantized network; use those of a float run")
     for name, tensor in expected.items():
         if name.endswith(COUNTER) and name not in found:
             found[name] = torch.zeros_like(tensor)

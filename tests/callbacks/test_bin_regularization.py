@@ -56,6 +56,18 @@ def test_weights_at_the_levels_cost_nothing() -> None:  # check 5
 
 
 @pytest.mark.parametrize("name", ["n2uq", "lsq", "minmax"])
+def test_weights_at_the_levels_have_no_gradient(name: str) -> None:  # check 5
+    quantizer = make(name, 2, torch.randn(6, 50, dtype=DOUBLE))
+    qmin, qmax = (int(limit) for limit in quantizer.limits())
+    codes = torch.arange(qmin, qmax + 1, 2 if quantizer.grid.kind == "midrise" else 1).repeat(5, 1)
+    levels = quantizer.dequantize(codes).detach()
+    for shift in (0.0, 0.01):
+        w = (levels + shift * quantizer.scale.detach()).requires_grad_()
+        (gradient,) = torch.autograd.grad(per_bin_error(*quantizer_bins(quantizer, w)).sum(), w)
+        assert bool((gradient.abs() < 1e-14).all()) == (shift == 0)
+
+
+@pytest.mark.parametrize("name", ["n2uq", "lsq", "minmax"])
 def test_it_is_mean_offset_and_variance_of_every_bin(name: str) -> None:  # check 5
     w = torch.randn(5, 40, dtype=DOUBLE, requires_grad=True)
     errors, bins, count = quantizer_bins(make(name, 2, w), w)

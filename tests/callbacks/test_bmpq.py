@@ -185,6 +185,18 @@ def test_the_largest_layer_keeps_its_bits_only_where_it_is_worth_it() -> None:
     assert found["inverted"]["layer3.0.conv2"] == (2, 2)
 
 
+@pytest.mark.parametrize(("norm", "widths"), [("raw", (2, 4)), ("per_bit", (4, 2))])
+def test_the_norm_decides_between_layers_of_unequal_width(norm: str, widths: tuple[int, int]) -> None:
+    module = searching(norm=norm, budget={**THREE, "value": 2.07})  # 4 bits for one of the smallest layers
+    found = mechanic(module)
+    found.prepare(module, [(torch.zeros(1, 3, 8, 8), torch.zeros(1))])
+    change_widths(module.net, Allocation({**Allocation.of(module.net), "layer1.0.conv1": LayerBits(2, 2)}))
+    found.state.add(torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0, 0.0]))  # raw: times the roots of 5 and of 85
+    found.reassign(7)
+    present = Allocation.of(module.net)
+    assert (present["layer1.0.conv1"].weight, present["layer1.0.conv2"].weight) == widths
+
+
 def test_inputs_of_a_fixed_width_and_the_ends_too() -> None:
     module = searching({**LSQ}, input_bits=3, search_ends=True, budget={"kind": "size", "value": 12000}, bits=[2, 8])
     fit(module, max_epochs=1)

@@ -1,5 +1,6 @@
 """BSQ: golden vectors of the official layer, re-quantization that changes no value, and the mechanic."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,22 @@ def test_widths_change_at_re_quantizations_and_end_within_the_budget() -> None:
     assert bool(found.state.fixed) and int(found.state.mark) == 6
 
 
+def test_the_lasso_of_a_layer_is_weighed_by_its_weights_and_its_live_planes() -> None:
+    module = searching(strength=0.3)
+    found, generator = mechanic(module), torch.Generator().manual_seed(0)
+    expected, weights = 0.0, 0
+    for index, each in enumerate(found.quantizers.values()):
+        live, count = 7 - index, math.prod(each.shape)
+        each.live.fill_(live)
+        for digits in (each.positive, each.negative):
+            digits.data.copy_(torch.rand(digits.shape, generator=generator))
+        energies = torch.cat([each.positive[-live:], each.negative[-live:]], dim=1).detach().square().sum(1)
+        expected += count * live * sum(math.sqrt(1e-8 + energy) for energy in energies.tolist())
+        weights += count
+    (term,) = found.loss_terms(None).values()  # type: ignore[arg-type]
+    assert term.item() == pytest.approx(0.3 * expected / weights, rel=1e-5)
+
+
 def test_the_lasso_empties_planes() -> None:
     wide, narrow = (
         searching(strength=strength, lr_factor=20.0, interval=0.1, until=0.9, budget={**THREE, "value": 8})
@@ -203,6 +220,20 @@ def test_the_lasso_empties_planes() -> None:
         fit(module, max_epochs=5)
         costs.append(mechanic(module).budgets[0].cost(mechanic(module).counts, Allocation.of(module.net)))
     assert costs[1] < costs[0] - 1
+
+
+@pytest.mark.parametrize(("value", "halved_layers"), [(7.99, [5]), (7.49, [0, 5])])
+def test_layers_give_up_the_planes_that_change_a_weight_least(value: float, halved_layers: list[int]) -> None:
+    module = searching(budget={**THREE, "value": value})
+    found, generator = mechanic(module), torch.Generator().manual_seed(0)
+    found.prepare(module, [(torch.zeros(1, 3, 8, 8), torch.zeros(1))])
+    planes = list(found.quantizers.values())
+    for size, each in zip(
+        (0.6, 4.0, 3.0, 2.0, 5.0, 0.5), planes, strict=True
+    ):  # the last layer has half of all weights
+        each.initialise(size * torch.rand(each.shape, generator=generator))
+    found.settle(found.quantizers)
+    assert [index for index, each in enumerate(planes) if int(each.live) < 7] == halved_layers
 
 
 def test_the_end_is_exactly_the_network_that_was_trained() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from callbacks.constrained import Constrained
 from callbacks.constrained.networks import LayerRecord
 from research.curvature.batches import FixedBatches
 from research.learning.module import QuantModule
+from research.quant.allocation import Allocation
 from research.quant.calibrate import calibrate
 from research.quant.layers import quantizers
 from research.quant.passes import passes
 from tests.callbacks.saq_host import TASK
-from tests.learning.tiny import CLASSES, RESNET, fit, make_module, state, tiny_net
+from tests.learning.tiny import CLASSES, LSQ, RESNET, fit, make_module, state, tiny_net
 
 NAME = "callbacks.constrained.MeanMagnitudeDoReFa"
 Batch = tuple[Tensor, Tensor]
@@ -36,9 +38,11 @@ def batch(count: int = 8) -> Batch:
     return images, torch.arange(count) % CLASSES
 
 
-def host(duals: float | None = None, bits: int = 2, **options: Any) -> tuple[QuantModule, Constrained]:
+def host(
+    duals: float | None = None, quantizer: dict[str, Any] | None = None, **options: Any
+) -> tuple[QuantModule, Constrained]:
     """A residual network in float64 whose multipliers all are ``duals``, where that is given."""
-    module = make_module(constrained(**options), model=RESNET, quantizer=recipe(bits), task=TASK).double()
+    module = make_module(constrained(**options), model=RESNET, quantizer=quantizer or recipe(), task=TASK).double()
     calibrate(module.net, [batch()[0]])
     (mechanic,) = module.active
     assert isinstance(mechanic, Constrained)
@@ -60,6 +64,31 @@ def high_outputs(module: QuantModule, mechanic: Constrained) -> Tensor:
     with passes(module.net, mode="relax"):
         outputs: Tensor = module.evaluate(batch(), mechanic.state.network_state()).outputs
     return outputs
+
+
+def low_pass(module: QuantModule, mechanic: Constrained, width: int) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The quantized network at a width: logits, and by layer its quantized input and its output; no gradient."""
+    net, record = module.net, LayerRecord(mechanic.layers)
+    norms = width if module.recipe.widths else None
+    with torch.no_grad(), record.recording() as (inputs, outputs), passes(net, bits=width, batchnorm=norms):
+        low = net(batch()[0])
+        return low, {name: (inputs[name].clone(), outputs[name].clone()) for name in mechanic.layers}
+
+
+def layer_differences(mechanic: Constrained, kept: dict[str, tuple[Tensor, Tensor]], width: int) -> list[Tensor]:
+    """By layer the clipped output with relaxed weights minus the rounded one with quantized weights."""
+    found = []
+    for name, layer in mechanic.layers.items():
+        z, y = kept[name]
+        t = torch.tanh(layer.weight)
+        relaxed = layer.weight.detach().abs().mean() * t / t.abs().max()
+        steps = 2**width - 1
+        found.append(layer.operate(z, relaxed).clamp(0, 1) - torch.round(y.clamp(0, 1) * steps) / steps)
+    return found
+
+
+def soft_cross_entropy(low: Tensor, high: Tensor) -> Tensor:
+    return -(high.softmax(1) * low.log_softmax(1)).sum(1).mean()
 
 
 # -- the Lagrangian ------------------------------------------------------------------------------------------------
@@ -96,24 +125,40 @@ def test_weights_have_no_gradient_through_the_quantizer(monkeypatch: pytest.Monk
 def test_the_gradient_of_weights_is_that_of_the_three_terms_written_out() -> None:
     module, mechanic = host(duals=2.0, eps_layer=0.25, eps_out=0.5)
     found = gradients(module)
-    net, record, modes = module.net, LayerRecord(mechanic.layers), {"weight": "quantize", "input": "quantize"}
-    with torch.no_grad(), record.recording() as (inputs, outputs), passes(net, mode=modes):  # type: ignore[arg-type]
-        low = net(batch()[0])
-        kept = {name: (inputs[name].clone(), outputs[name].clone()) for name in mechanic.layers}
+    low, kept = low_pass(module, mechanic, 2)
     high = high_outputs(module, mechanic)
     loss = F.cross_entropy(high, batch()[1])
-    loss = loss + 2 * (-(high.softmax(1) * low.log_softmax(1)).sum(1).mean() - 0.5)
-    for name, layer in mechanic.layers.items():
-        z, y = kept[name]
-        t = torch.tanh(layer.weight)
-        relaxed = layer.weight.detach().abs().mean() * t / t.abs().max()
-        target = torch.round(y.clamp(0, 1) * 3) / 3
-        loss = loss + 2 * ((layer.operate(z, relaxed).clamp(0, 1) - target).square().mean() - 0.25)
-    weights = {name: p for name, p in net.named_parameters() if p.ndim > 1}
+    loss = loss + 2 * (soft_cross_entropy(low, high) - 0.5)
+    for difference in layer_differences(mechanic, kept, 2):
+        loss = loss + 2 * (difference.square().mean() - 0.25)
+    weights = {name: p for name, p in module.net.named_parameters() if p.ndim > 1}
     expected = torch.autograd.grad(loss, list(weights.values()))
     for name, value in zip(weights, expected, strict=True):
         torch.testing.assert_close(found[f"net.{name}"], value, rtol=1e-9, atol=1e-12)
     assert float(module.objective(batch()).loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-9)
+
+
+def test_at_several_widths_each_has_multipliers_and_bounds_of_its_own() -> None:
+    bounds: dict[str, Any] = {"eps_layer": {2: 0.25, 4: 0.125}, "eps_out": {2: 0.5, 4: 0.75}}
+    module, mechanic = host(quantizer=recipe(2, (2, 4)), **bounds)
+    duals = torch.rand(mechanic.state.duals.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mechanic.state.duals.copy_(duals)
+    high = high_outputs(module, mechanic)
+    expected = F.cross_entropy(high, batch()[1])
+    for row, width in enumerate((2, 4)):
+        low, kept = low_pass(module, mechanic, width)
+        expected = expected + duals[row, -1] * (soft_cross_entropy(low, high) - bounds["eps_out"][width])
+        for dual, difference in zip(duals[row], layer_differences(mechanic, kept, width), strict=False):
+            expected = expected + dual * (difference.square().mean() - bounds["eps_layer"][width])
+    assert module.objective(batch()).loss.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_the_absolute_distance_of_the_layers() -> None:
+    module, mechanic = host(distance="absolute")
+    _, kept = low_pass(module, mechanic, 2)
+    found, _ = mechanic._distances(batch(), {}, high_outputs(module, mechanic), None, list(mechanic.layers))
+    expected = torch.stack([difference.abs().mean() for difference in layer_differences(mechanic, kept, 2)])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_detached_inputs_change_the_low_batchnorms_alone() -> None:
@@ -213,6 +258,40 @@ def test_every_width_has_multipliers_bounds_and_batchnorms_of_its_own() -> None:
     assert grads["net.bn1.by_width.2.weight"].any() and grads["net.bn1.by_width.4.weight"].any()
 
 
+# -- the selection -------------------------------------------------------------------------------------------------
+
+
+class Widths(pl.Callback):
+    """How many layers have 8-bit weights in every step."""
+
+    def __init__(self) -> None:
+        self.wide: list[int] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *arguments: Any) -> None:
+        self.wide.append(sum(bits.weight == 8 for bits in Allocation.of(module.net).values()))
+
+
+@pytest.mark.parametrize(("select_at", "narrow"), [(0.25, 4), (0.4, 8), (1.0, 12)])
+def test_widths_change_at_the_end_of_the_epoch_in_which_it_is_time(select_at: float, narrow: int) -> None:
+    module, widths = make_module(constrained(keep=2, select_at=select_at), model=RESNET, quantizer=recipe()), Widths()
+    fit(module, max_epochs=3, callbacks=(widths,))
+    assert widths.wide == [0] * narrow + [2] * (12 - narrow)
+    assert sum(bits.weight == 8 for bits in Allocation.of(module.net).values()) == 2
+
+
+def test_a_range_whose_width_stays_is_kept_by_the_selection() -> None:
+    narrow = {"weight": {**LSQ["weight"], "bits": 2}, "input": {**LSQ["input"], "bits": 8}}
+    module, mechanic = host(quantizer=narrow, keep=2)
+    mechanic.state.duals[0, 1:3] = 1
+    chosen = [f"{name}.weight_quantizer.raw_scale" for name in list(mechanic.layers)[1:3]]
+    ranges = {name: p for name, p in module.net.named_parameters() if name.endswith("raw_scale")}
+    for value in ranges.values():
+        value.data.mul_(1.5)
+    before = {name: value.detach().clone() for name, value in ranges.items()}
+    mechanic._select()
+    assert [name for name, value in ranges.items() if not torch.equal(value, before[name])] == chosen
+
+
 # -- bad settings --------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +315,13 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError) as refusal:
         make_module(constrained(**options))
     assert f"callbacks.constrained.{message}" in str(refusal.value)
+
+
+def test_a_high_precision_that_a_quantizer_does_not_have_is_refused_at_the_start() -> None:
+    binary = {"weight": {"name": "binary", "bits": 1}, "input": LSQ["input"]}
+    with pytest.raises(ValueError) as refusal:
+        fit(make_module(constrained(keep=1), model=RESNET, quantizer=binary), max_epochs=1)
+    assert str(refusal.value).startswith("callbacks.constrained.high_bits=8: ")
 
 
 def test_networks_that_it_cannot_treat_are_refused() -> None:

@@ -1,5 +1,6 @@
 """CSQ as a mechanic: gates that seek a budget, what is fixed when, the exact network at the end, what it refuses."""
 
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from research.quant.allocation import Allocation
 from research.quant.layers import quant_layers
 from research.quant.quantizers.lsq import LSQ as LSQQuantizer
 from tests.callbacks.searches import ENDS, THREE, allocation_left, on_residual, only_mechanic
-from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_module, state, tiny_net
+from tests.learning.tiny import LSQ, RESNET, StopAt, fit, float_weights, make_data, make_module, state, tiny_net
 
 SLUG = "csq"
 
@@ -90,6 +91,34 @@ def test_a_penalty_alone_leads_to_the_budget_from_above_and_from_below(value: in
     assert budget.cost(found.counts, Allocation.of(module.net)) - value == pytest.approx(excess[-1], abs=1e-5)
     assert abs(excess[-1]) < 0.6
     assert max(map(abs, excess[-100:])) < 0.6, "it stays"
+
+
+@pytest.mark.parametrize("ratio", ["cost", "gates"])
+def test_the_penalty_is_the_distance_from_the_budget_times_the_gates_at_their_temperature(ratio: str) -> None:
+    module = searching(ratio=ratio, strength=0.3)
+    found, generator = mechanic(module), torch.Generator().manual_seed(0)
+    found.prepare(module, [(torch.zeros(1, 3, 8, 8), torch.zeros(1))])
+    opened, bits, weights = 0, 0, 0
+    for each in found.quantizers.values():
+        each.beta.fill_(3)
+        each.gates.data.copy_(torch.randn(7, generator=generator))
+        places = list(compress(range(7), (each.gates >= 0).tolist()))
+        opened += len(places)
+        bits += each.positive.shape[1] * (places[-1] - places[0] + 2)
+        weights += each.positive.shape[1]
+    expected = {"cost": (bits / weights - 3) / 8, "gates": opened / 42 - 2 / 7}[ratio]
+    assert float(found.excess()) == pytest.approx(expected, rel=1e-5)
+    (term,) = found.loss_terms(None).values()  # type: ignore[arg-type]
+    gates = sum(float(torch.sigmoid(3 * each.gates.detach()).sum()) for each in found.quantizers.values())
+    assert term.item() == pytest.approx(0.3 * expected * gates, rel=1e-5)
+
+
+def test_long_behind_the_ticket_the_temperature_is_a_number() -> None:
+    module, watch = searching(ticket=0.05), Watch()
+    fit(module, make_data(batch_size=2, options={"train": 88, "test": 16}), max_epochs=1, callbacks=(watch,))
+    assert len(watch.beta) == 40 and watch.beta[:4] == pytest.approx([200 ** (step / 2) for step in range(4)])
+    assert watch.beta[-1] == pytest.approx(1e30)
+    assert all(bool(value.isfinite().all()) for value in state(module).values())
 
 
 def test_the_end_is_the_exact_network_that_the_planes_stand_for() -> None:

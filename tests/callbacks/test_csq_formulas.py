@@ -74,6 +74,7 @@ def test_golden_convolution_and_the_gradients_of_its_loss(vectors: Vectors) -> N
     opened = (leaves["maskp"].detach() >= 0)[None]
     excess = gate_excess(opened, float(case["target_bits"]))
     same(opened.double().mean(), case["ratio_one"])
+    same(gate_penalty(leaves["maskp"], case["temp"], torch.ones(()), 1.0), case["reg"])
     penalty = gate_penalty(leaves["maskp"], case["temp"], excess, float(case["lambda"]))
     loss = (out * case["gout"]).sum() + penalty
     same(loss, case["loss"])
@@ -185,6 +186,14 @@ def test_the_temperature_at_three_times() -> None:  # check 6
     assert temperature(1.0, 200.0) == 200.0
     assert temperature(0.5, 200.0) == pytest.approx(14.142, abs=1e-3)
     assert temperature(1.1, 200.0) > 200.0
+
+
+@pytest.mark.parametrize("beta_max", [1.0, 1.5, 200.0, 1e4])
+def test_the_temperature_grows_as_long_as_it_is_a_number(beta_max: float) -> None:
+    for progress in (0.0, 0.3, 1.0, 1.5):
+        assert temperature(progress, beta_max) == beta_max**progress
+    for progress in (20.0, 1e6):
+        assert bool(torch.tensor(temperature(progress, beta_max)).isfinite())
 
 
 def test_open_gates_are_undecided_again_and_closed_ones_stay() -> None:  # check 7

@@ -1,5 +1,6 @@
 """DIR-Net and IR-Net: the schedule, the reconstructed parts, and what training does with them."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from callbacks.dir_net import DIRNet, active_share, attention, estimator_schedule, representation_loss
+from research.learning.taps import Taps
 from research.quant.layers import quantizers
 from research.quant.quantizers.binary import Binary
 from tests.learning.tiny import RESNET, fit, float_weights, make_module, state, tiny_net
@@ -91,6 +93,38 @@ def test_representations_are_compared_by_their_attention(weights: Path) -> None:
     trainer = fit(module, max_epochs=1, limit_train_batches=1)
     assert float(trainer.callback_metrics["train/step/representation"]) > 0
     assert not any("teacher" in name for name in module.state_dict())
+
+
+def test_the_term_is_the_distance_to_the_float_network_in_evaluation_mode(weights: Path) -> None:
+    dir_net = {"_target_": TARGET, "beta": 2.0}
+    module = make_module({"dir_net": dir_net}, model=RESNET, quantizer=WEIGHTS, checkpoint=weights)
+    fit(module, max_epochs=1, limit_train_batches=1)
+    images = torch.randn(6, 3, 8, 8)
+    evaluation = module.objective((images, torch.arange(6) % 4))
+    teacher = module.initial_network().eval()
+    taps = Taps(teacher, module.active[0].taps)
+    teacher(images)
+    expected = 2 * representation_loss(evaluation.taps.values(), taps.take().values())
+    torch.testing.assert_close(evaluation.terms["representation"], expected)
+    torch.testing.assert_close(evaluation.loss, evaluation.terms["task"] + expected)
+    assert float(expected.detach()) > 0.01
+
+
+def test_every_quantizer_has_the_share_and_the_slope_and_inputs_are_capped_too() -> None:
+    model = {**RESNET, "activation": "hardtanh", "shortcut_per_conv": True}
+    recipe = {**BOTH, "rules": [{"match": "@last", "weight": None, "input": None}]}
+    dir_net = {"_target_": TARGET, "eps": 0.3, "delta": 0.2, "beta": 0.0}
+    module = make_module({"dir_net": dir_net}, model=model, quantizer=recipe).eval()
+    found = [q for _, q in quantizers(module.net) if isinstance(q, Binary)]
+    assert {(q.active_share, q.active_slope) for q in found} == {(0.3, 0.2)}
+    quantizer = next(q for q in found if q.role == "input")
+    for buffer, value in ((quantizer.t, 10.0), (quantizer.k, 1.0), (quantizer.quantile, 0.5)):
+        buffer.fill_(value)
+    x = torch.linspace(-1, 1, 51, requires_grad=True)
+    (slope,) = torch.autograd.grad(quantizer(x).sum(), x)
+    t = math.atanh(math.sqrt(1 - 0.2)) / 0.5
+    torch.testing.assert_close(slope, t * (1 - torch.tanh(t * x.detach()).square()))
+    assert float((slope >= 0.2 * t * (1 - 1e-4)).float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 from research.curvature.quantized_tensors import block_traces, error_gradient_scales
 from research.learning.hessian_scale import HessianScale
+from research.learning.module import QuantModule
+from research.quant.calibrate import calibrate
 from research.quant.layers import quantizers
+from research.quant.quantizers import QuantizerSpec, build_quantizer
+from tests.learning.tiny import CLASSES, RESNET, fit, make_module, state, tiny_net
 from tests.learning.tiny import LSQ as LSQ_RECIPE
-from tests.learning.tiny import RESNET, fit, make_module, state
 
 EWGS: dict[str, Any] = {"weight": {"name": "ewgs", "bits": 4}, "input": {"name": "ewgs", "bits": 4}}
 QUICK = {"_target_": "callbacks.ewgs.EWGSDelta", "every_n_epochs": 1, "batches": 1, "batch_size": 8, "probes": 4}
@@ -16,6 +19,14 @@ QUICK = {"_target_": "callbacks.ewgs.EWGSDelta", "every_n_epochs": 1, "batches":
 
 def deltas(net: nn.Module) -> dict[str, float]:
     return {name: float(quantizer.delta) for name, quantizer in quantizers(net)}  # type: ignore[arg-type]
+
+
+def before_the_second_epoch(**settings: Any) -> tuple[Any, QuantModule]:
+    """A trainer that stands in front of its second epoch, where the mechanic measures."""
+    module = make_module({"ewgs": QUICK}, quantizer=EWGS, **settings)
+    trainer = fit(module, max_epochs=1)
+    trainer.fit_loop.epoch_progress.current.completed = trainer.fit_loop.epoch_progress.current.processed = 1
+    return trainer, module
 
 
 def test_delta_starts_at_zero_and_is_measured_every_n_epochs() -> None:
@@ -34,15 +45,53 @@ def test_delta_starts_at_zero_and_is_measured_every_n_epochs() -> None:
 
 def test_the_measurement_does_not_disturb_training() -> None:
     """Until the new deltas act: everything but them is equal, batch-norm statistics and the generator included."""
-    module = make_module({"ewgs": QUICK}, quantizer=EWGS, model=RESNET)
-    trainer = fit(module, max_epochs=1)
+    trainer, module = before_the_second_epoch(model=RESNET)
     before, generator = state(module), torch.get_rng_state()
-    trainer.fit_loop.epoch_progress.current.completed = trainer.fit_loop.epoch_progress.current.processed = 1
     module.active[0].on_train_epoch_start(trainer, module)
     after = state(module)
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed and all(name.endswith("delta") for name in changed)
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_dropout_in_the_measurement_is_the_same_on_every_rank_and_leaves_the_generator_alone() -> None:
+    trainer, module = before_the_second_epoch(model=tiny_net(dropout=0.25))
+    (mechanic,) = module.active
+    measured = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        generator = torch.get_rng_state()
+        measured.append(mechanic.scale.measure(trainer, module, mechanic.rng(trainer.global_step)))
+        assert torch.equal(torch.get_rng_state(), generator)
+    assert measured[0] == measured[1] and max(measured[0].values()) > 0
+
+
+def test_delta_is_the_measured_strength_in_the_unit_of_the_discretiser() -> None:
+    """A weight's is twice as fine as its quantized values: these have a range of 2, an input's one of 1."""
+    trainer, module = before_the_second_epoch()
+    (mechanic,) = module.active
+    strengths = mechanic.scale.measure(trainer, module, mechanic.rng(trainer.global_step))
+    mechanic.on_train_epoch_start(trainer, module)
+    expected = {name: float(s) * (2 if "weight" in name else 1) for name, s in strengths.items()}
+    assert deltas(module.net) == pytest.approx(expected, rel=1e-6)
+    assert min(max(value for name, value in expected.items() if role in name) for role in ("weight", "input")) > 0
+
+
+@pytest.mark.parametrize("role", ["weight", "input"])
+def test_a_strength_times_the_unit_scales_the_gradient_by_errors_of_the_quantized_values(role: Any) -> None:
+    torch.manual_seed(0)
+    quantizer: Any = build_quantizer(QuantizerSpec("ewgs", 2), (40,), None, role).double()
+    strength, x = 0.3, torch.rand(40, dtype=torch.float64) * 0.9
+    upstream = torch.randn(40, dtype=torch.float64)
+
+    def slope(delta: float) -> Tensor:
+        quantizer.delta.fill_(delta)
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(quantizer(leaf), leaf, upstream)[0]
+
+    error = quantizer.fake_quantize(x, rounding=False) - quantizer(x)
+    expected = slope(0.0) / upstream * (upstream + strength * upstream.abs() * error)
+    torch.testing.assert_close(slope(strength * quantizer.unit), expected.detach(), rtol=1e-6, atol=0)
 
 
 def test_a_network_of_other_quantizers_is_refused() -> None:
@@ -112,3 +161,19 @@ def test_error_gradient_scales_are_curvature_over_gradient_at_the_quantized_tens
     (found,) = error_gradient_scales(net, loss, inputs, generator, probes=3000, tolerance=0.0).values()
     torch.testing.assert_close(found.double(), torch.stack(expected).mean(), rtol=0.05, atol=0)
     assert not layer.weight_quantizer.plain_ste
+
+
+def test_a_branch_that_its_norm_has_switched_off_has_no_strength() -> None:
+    module = make_module(quantizer=EWGS, model=RESNET)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    norm = module.net.layer1[0].bn2
+    norm.weight.requires_grad_(False).zero_()
+    calibrate(module.net, [images])
+
+    def loss(net: nn.Module, batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(net(batch), torch.arange(8) % CLASSES)
+
+    found = error_gradient_scales(module.plain_copy().train(), loss, [images], torch.Generator().manual_seed(0), 4)
+    branch = {name: float(value) for name, value in found.items() if name.startswith("layer1.0.")}
+    assert len(branch) == 4 and set(branch.values()) == {0.0}
+    assert all(bool(value.isfinite()) for value in found.values()) and max(found.values()) > 0

@@ -42,6 +42,19 @@ def test_the_loss_has_the_term_and_the_biases_stay_out_of_it() -> None:
     torch.testing.assert_close(found.loss, task.loss + expected, rtol=1e-12, atol=0)
 
 
+def test_layers_that_the_loss_does_not_see_are_left_out() -> None:
+    model = {"_target_": "tests.callbacks.saq_host.Unused"}
+    module = host(model, "grad_l1", TARGET, strength=0.5)
+    seen = [module.net.conv1.weight, module.net.fc.weight]
+    task = nn.functional.cross_entropy(module.net(images()[0]), images()[1])
+    expected = 0.5 * gradient_l1(torch.autograd.grad(task, seen))
+    torch.testing.assert_close(module.objective(images()).terms["grad_l1"], expected, rtol=1e-12, atol=0)
+    trained = make_module({"grad_l1": {"_target_": TARGET}}, quantizer={}, model=model)
+    start = state(trained.net)
+    fit(trained, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    assert not torch.equal(trained.net.conv1.weight, start["conv1.weight"])
+
+
 def test_its_slope_against_finite_differences() -> None:
     module = host(SMOOTH, "grad_l1", TARGET, strength=0.5)
     parameters = dict(module.net.named_parameters())

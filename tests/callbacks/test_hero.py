@@ -112,6 +112,36 @@ def test_the_perturbation_is_that_of_the_official_code(golden: Golden) -> None:
         same(weights[name] + e, vectors[f"s0.p_pert.{name}"], name, rtol=1e-12)
 
 
+def test_every_tensor_of_two_steps_is_that_of_the_official_code(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = golden("hero")
+    module = golden_host(vectors)
+    parameters = dict(module.net.named_parameters())
+    lr, momentum, decay = (float(value) for value in vectors["hparams_rho_lambda_lr_momentum_wd"][2:])
+    optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=momentum, weight_decay=decay)
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def recorded(clean: dict[str, Tensor], *arguments: Any) -> dict[str, Tensor]:
+        moves = hero_perturbation(clean, *arguments)
+        found["g_clean"] = clean
+        found["p_pert"] = {name: parameters[name].detach() + move for name, move in moves.items()}
+        return moves
+
+    monkeypatch.setattr("callbacks.hero.hero_perturbation", recorded)
+    for step in ("s0", "s1"):
+        optimizer.zero_grad()
+        evaluation = module.objective((torch.from_numpy(vectors["x"]), torch.from_numpy(vectors["y"])))
+        penalty = evaluation.terms["hero"]
+        found["g_pert"] = gradients(evaluation.loss - penalty, parameters, create_graph=True)
+        found["grad_hero"] = gradients(penalty, parameters, create_graph=True)
+        for field, tensors in found.items():
+            for name in parameters:
+                same(tensors[name], vectors[f"{step}.{field}.{name}"], f"{step} {field} {name}")
+        evaluation.loss.backward()
+        optimizer.step()
+
+
 def test_1_a_quadratic_by_hand() -> None:
     curvature = torch.tensor([3.0, 1.0], dtype=torch.float64)
     w = torch.tensor([1.0, 2.0], dtype=torch.float64)

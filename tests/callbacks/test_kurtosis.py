@@ -37,6 +37,25 @@ def test_uniform_and_gaussian_data() -> None:  # check 1
     assert float(kurtosis_loss([grid], 3.0)) > 0
 
 
+def two_sizes(weight: Tensor, small: float) -> Tensor:
+    """Equally many of 1, -1, ``small`` and ``-small`` in the shape of ``weight``."""
+    values = torch.tensor([1.0, -1.0, small, -small], dtype=weight.dtype)
+    return values.repeat(weight.numel() // 4).view_as(weight)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9, 1.1])
+def test_the_loss_is_zero_at_the_kurtosis_of_uniform_data_and_nowhere_else(factor: float) -> None:  # check 1
+    small = factor * (5**0.5 - 2)  # the root of 2 (1 + b^4) / (1 + b^2)^2 = 1.8
+    module = make_module({SLUG: {"_target_": TARGET}}, quantizer=FLOAT)
+    weights = [module.net.conv1.weight, module.net.fc.weight]
+    for weight in weights:
+        weight.data = two_sizes(weight, small)
+    term = float(module.objective((torch.randn(4, 3, 8, 8), torch.arange(4))).terms[SLUG].detach())
+    loss = float(kurtosis_loss([two_sizes(weight.double(), small) for weight in weights], module.active[0].target))
+    assert term == pytest.approx(loss, rel=1e-3, abs=1e-12)
+    assert (loss < 1e-28) == (factor == 1.0)
+
+
 def test_scale_and_shift_do_not_matter_and_the_gradient_is_right() -> None:  # check 1
     w = data()
     torch.testing.assert_close(kurtosis(-3 * w + 5), kurtosis(w))

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from callbacks.noise_tempering.quantizer import Tempering
 from research.quant.fused import Kernels
 from research.quant.quantizers import QuantizerSpec
 from research.quant.quantizers.ewgs import ewgs_round
-from research.quant.quantizers.lsq import LSQ
+from research.quant.quantizers.lsq import LSQ, lsq_gradient_factor
 from tests.callbacks.tempered import TARGET, close, tempered
 from tests.learning.tiny import fit, make_module
 
@@ -67,6 +68,23 @@ def test_golden_reconstruction(vectors: Golden, monkeypatch: pytest.MonkeyPatch,
         close(quantizer.eval()(values), vectors["nt_q"])
 
 
+def test_golden_error_and_gradient_factor(vectors: Golden) -> None:
+    values, upstream = torch.from_numpy(vectors["nt_v"]), torch.from_numpy(vectors["nt_gout"])
+    bits, scale = int(vectors["nt_bits"]), float(vectors["nt_s"])
+    source = LSQ(QuantizerSpec(bits=bits), values.shape, None, "weight", gradient_factor=False)
+    unscaled = TemperedLSQ(source, Tempering(noise_dist="one")).double()
+    unscaled.raw_scale.data.fill_(scale)
+    unscaled.strength.fill_(1.0)
+    out = unscaled(values)
+    close(out - unscaled.eval()(values), vectors["nt_err"])
+    out.backward(upstream)
+    assert unscaled.raw_scale.grad is not None and unscaled.delta.grad is not None
+    factor = lsq_gradient_factor(values.numel(), unscaled.limits()[1].double())
+    close(factor, vectors["nt_gn"])
+    close(factor * unscaled.raw_scale.grad, vectors["nt_gs"])
+    close(factor * unscaled.delta.grad, vectors["nt_gdelta"])
+
+
 def test_golden_schedules(vectors: Golden) -> None:
     total, kappa, start = int(vectors["sched_T"]), float(vectors["sched_k"]), float(vectors["sched_lam0"])
     geometric = NoiseTempering(lambda_0=start, lambda_final=float(vectors["sched_lamT"])).kappa
@@ -108,6 +126,14 @@ def test_golden_quadratic_has_an_error_weighted_trace_as_penalty(vectors: Golden
         losses = job.loss(job.samples(dist, count)) - job.loss(job.quantized)
         assert abs(losses.mean() - expected) < 4 * losses.std() / math.sqrt(count)
         assert losses.std() / math.sqrt(count) < 0.1 * expected, "enough samples to tell"
+
+
+def test_golden_mean_over_the_noise_of_a_quadratic(vectors: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All corners of +-1/sqrt(3) have the mean and the variances of U(-1, 1): of a quadratic, its exact mean."""
+    job = Quadratic(vectors)
+    corners = np.array(list(product((-1.0, 1.0), repeat=len(job.w)))) / math.sqrt(3)
+    fixed_draws(monkeypatch, corners)
+    close(job.loss(job.samples("uniform", len(corners))).mean(), vectors["quad_EL"])
 
 
 # -- the fast form -------------------------------------------------------------------------------------------------
@@ -213,13 +239,21 @@ def test_check_2_full_strength_one_is_the_clipped_value() -> None:
     close(tempered(values, noise_dist="one")(values), values.clamp(-0.8, 0.6))
 
 
+def exponential(strengths: list[float]) -> bool:
+    """Whether they fall, and their logarithm on a line."""
+    steps = np.diff(np.log(strengths))
+    return bool((steps < 0).all() and np.ptp(steps) < 1e-12)
+
+
 def test_check_3_the_schedule_is_exponential() -> None:
     total, start, kappa = 50, 0.8, 3.0
-    logs = np.log([noise_strength(step, total, start, kappa) for step in range(total + 1)])
-    assert math.exp(logs[0]) == pytest.approx(start)
-    assert bool((np.diff(logs) < 0).all())
-    np.testing.assert_allclose(np.diff(logs, 2), 0, atol=1e-12)
-    assert logs[-1] == pytest.approx(math.log(start) - kappa)
+    strengths = [noise_strength(step, total, start, kappa) for step in range(total + 1)]
+    assert exponential(strengths)
+    assert (strengths[0], strengths[-1]) == pytest.approx((start, start * math.exp(-kappa)))
+
+
+def test_check_7_linear_annealing_between_the_same_ends_fails_check_3() -> None:
+    assert not exponential(list(np.linspace(0.8, 0.8 * math.exp(-3.0), 51)))
 
 
 def test_check_3_the_host_sets_it_at_every_step(caplog: pytest.LogCaptureFixture) -> None:

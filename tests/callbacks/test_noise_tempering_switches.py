@@ -104,6 +104,22 @@ def test_the_hessian_rule_sets_delta_every_n_epochs() -> None:
     assert max(deltas[1]) > 0 and min(deltas[1]) >= 0 and max(deltas[1]) <= 2
 
 
+def test_the_hessian_rule_has_a_strength_in_units_of_bins() -> None:
+    hessian = {"every_n_epochs": 1, "batches": 1, "batch_size": 8, "probes": 4}
+    config = {"_target_": TARGET, "delta_learn": "hessian", "delta": 0.0, "hessian": hessian}
+    module = make_module({"noise_tempering": config})
+    trainer: Any = fit(module, max_epochs=1)
+    trainer.fit_loop.epoch_progress.current.completed = trainer.fit_loop.epoch_progress.current.processed = 1
+    (mechanic,) = module.active
+    assert isinstance(mechanic, NoiseTempering)
+    strengths = mechanic.hessian.measure(trainer, module, mechanic.rng(trainer.global_step)) or {}
+    mechanic.on_train_epoch_start(trainer, module)
+    found = {name: float(quantizer.delta) for name, quantizer in mechanic.quantizers.items()}
+    expected = {name: float(strengths[name] * q.scale.detach()) for name, q in mechanic.quantizers.items()}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert 0 < max(found.values()) < 2
+
+
 # -- in the host ---------------------------------------------------------------------------------------------------
 
 

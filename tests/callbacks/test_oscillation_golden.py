@@ -137,5 +137,8 @@ def test_our_range_is_no_worse_than_that_of_the_official_search(bits: int, vecto
     candidates = torch.arange(1, 101) / 100 * (v.abs().max() + 0.5) / qmax
     errors = torch.stack([quantization_error(v, scale, zero, qmin, qmax) for scale in candidates])
     official = vectors[f"mse{bits}_scale"][0]  # float32 in the file
-    torch.testing.assert_close(candidates[errors.argmin()].float(), official, rtol=1e-6, atol=0)
+    best = candidates[errors.argmin()].float()
+    torch.testing.assert_close(best, official, rtol=1e-6, atol=0)
+    for end, sign in (("xmin", -1), ("xmax", 1)):
+        torch.testing.assert_close(sign * qmax * best, vectors[f"mse{bits}_{end}"][0], rtol=1e-6, atol=0)
     assert float(quantization_error(v, mse_scale(v, qmin, qmax), zero, qmin, qmax)) <= float(errors.min())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from research.deploy import load_artifact, save_artifact
 from research.deploy.deployed import deployed_weights
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
+from research.quant.batchnorm import reestimate_batchnorm
+from research.quant.calibrate import calibrate
 from research.quant.oscillation import start, track
 from tests.learning.tiny import LSQ, RESNET, SGD, fit, make_module, state, tiny_net
 
@@ -169,6 +172,35 @@ def test_frozen_codes_outlive_the_reestimation_of_batchnorm() -> None:
     assert torch.equal(net.conv1.quantized_weight(), module.net.conv1.quantized_weight())
 
 
+def statistics(module: QuantModule, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the batch-norm: those that training keeps, and re-estimated ones."""
+    net = module.plain_copy()
+    reestimate_batchnorm(net, [images])
+    kept, estimated = (torch.cat([bn.running_mean, bn.running_var]) for bn in (module.net.bn1, net.bn1))
+    return kept, estimated
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "free"])
+def test_the_statistics_of_frozen_weights_converge_to_the_reestimated_ones(frozen: bool) -> None:  # cheap check 8
+    module = trained(EAGER)
+    if frozen:
+        for name, layer in named(module, "oscillation_freezing").layers.items():
+            history = named(module, "oscillation_freezing").histories[name]
+            history.frozen_codes.copy_(used_codes(layer))
+            history.frozen.fill_(True)
+    batch = (torch.rand(8, 3, 8, 8), torch.arange(8) % 4)
+    weights = [module.net.conv1.weight, module.net.fc.weight]
+    before = weights[0].detach().clone()
+    optimizer = torch.optim.SGD(weights, lr=0.5, weight_decay=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        module.train().objective(batch).loss.backward()
+        optimizer.step()
+    assert not torch.equal(weights[0], before), "the latent weights go on drifting"
+    kept, estimated = statistics(module, batch[0])
+    assert torch.allclose(kept, estimated, rtol=1e-5, atol=1e-6) == frozen
+
+
 def test_the_settings_of_noise_tempering_and_freezing_go_together() -> None:
     tempering = {"noise_tempering": {"_target_": "callbacks.noise_tempering.NoiseTempering"}}
     module = deployable({**EAGER, **tempering})
@@ -193,6 +225,57 @@ def test_the_term_of_all_layers_is_in_the_loss() -> None:
     expected = [dampening_loss(x.weight, x.weight_quantizer.scale, *x.weight_quantizer.limits()) for x in layers]
     torch.testing.assert_close(evaluation.terms["oscillation_dampening"], 0.5 * sum(expected))
     torch.testing.assert_close(evaluation.loss, sum(evaluation.terms.values()))
+
+
+def dampened(*others: dict[str, Any]) -> tuple[QuantModule, tuple[Tensor, Tensor]]:
+    """A calibrated host with the strength 0.5, and a batch."""
+    mechanics = config("oscillation_dampening", strength_start=0.5)
+    module = make_module({**mechanics, **{slug: one for other in others for slug, one in other.items()}})
+    batch = (torch.rand(8, 3, 8, 8), torch.arange(8) % 4)
+    calibrate(module.net, [batch[0]])
+    return module, batch
+
+
+def terms_by_hand(net: Any) -> Tensor:
+    layers = [(layer.weight, layer.weight_quantizer) for layer in (net.conv1, net.fc)]
+    return 0.5 * torch.stack([dampening_loss(w, q.scale, *q.limits()) for w, q in layers]).sum()
+
+
+def moved_copy(module: QuantModule, state: dict[str, Tensor]) -> Any:
+    net = copy.deepcopy(module.net)
+    net.load_state_dict(state, strict=False)
+    return net
+
+
+def test_the_term_is_that_of_the_weights_and_scales_of_the_evaluation() -> None:
+    module, batch = dampened()
+    plain = [module.objective(batch, given).terms["oscillation_dampening"] for given in (None, {})]
+    assert all(torch.equal(term, plain[0]) for term in plain)
+    torch.testing.assert_close(plain[0], terms_by_hand(module.net))
+    moved = {name: (1.3 * p).detach().requires_grad_() for name, p in module.net.named_parameters() if p.ndim != 1}
+    evaluation = module.objective(batch, moved)
+    term, own = evaluation.terms["oscillation_dampening"], module.net.fc.weight
+    expected = moved_copy(module, moved)
+    by_hand = terms_by_hand(expected)
+    torch.testing.assert_close(term, by_hand)
+    torch.testing.assert_close(evaluation.loss, evaluation.terms["task"] + by_hand)
+    assert not torch.allclose(term, plain[0])
+    slope, none = torch.autograd.grad(term, [moved["fc.weight"], own], allow_unused=True)
+    torch.testing.assert_close(slope, torch.autograd.grad(by_hand, expected.fc.weight)[0])
+    assert slope.any() and none is None
+    assert torch.equal(module.objective(batch).terms["oscillation_dampening"], plain[0]), "nothing stays behind"
+
+
+def test_both_evaluations_of_a_sam_step_have_terms_of_their_own() -> None:
+    module, batch = dampened({"sam": {**SAM["sam"], "rho": 0.5}})
+    first = module.evaluate(batch).loss + terms_by_hand(module.net)
+    moves = named(module, "sam").perturbation(module, first)
+    moved = {name: p.detach() + moves[name] for name, p in module.net.named_parameters() if name in moves}
+    one, other = terms_by_hand(module.net), terms_by_hand(moved_copy(module, moved))
+    assert not torch.allclose(one, other, rtol=0.05)
+    evaluation = module.objective(batch)
+    torch.testing.assert_close(evaluation.terms["oscillation_dampening"], one)
+    torch.testing.assert_close(evaluation.loss, module.evaluate(batch, moved).loss + other)
 
 
 def test_it_pulls_weights_to_the_centres_of_their_bins() -> None:

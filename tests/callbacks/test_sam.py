@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from callbacks.sam import SAM, asam_perturbation, sam_perturbation
 from research.learning.module import QuantModule
 from research.learning.tasks import Classification
+from research.quant.calibrate import calibrate
 from tests.learning.tiny import CLASSES, LSQ, fit, make_module, state, tiny_net
 
 LR, RHO, ETA = 0.1, 0.3, 0.05
@@ -84,6 +85,32 @@ def test_the_perturbation_has_the_length_of_the_radius() -> None:
     adaptive = asam_perturbation(found, parameters, 0.25, 0.1)
     relative = [(adaptive["a"] / (parameters["a"].abs() + 0.1)).flatten(), adaptive["b"]]
     assert float(torch.cat(relative).norm()) == pytest.approx(0.25, rel=1e-6)
+
+
+def test_a_scale_per_channel_is_no_weight_and_moves_as_one_scale_does() -> None:
+    shapes = {"one": (), "each": (3, 1, 1, 1), "weight": (3, 2)}
+    parameters = {name: torch.full(shape, 0.2) for name, shape in shapes.items()}
+    moves = asam_perturbation({n: torch.ones(s) for n, s in shapes.items()}, parameters, 0.25, 0.1, plain={"each"})
+    assert torch.equal(moves["each"], moves["one"].expand(3, 1, 1, 1))
+    assert not torch.allclose(moves["weight"], moves["one"])
+
+
+def test_the_scales_of_quantizers_are_moved_by_their_gradient_alone() -> None:
+    recipe = {"weight": {**LSQ["weight"], "granularity": "channel"}, "input": LSQ["input"]}
+    module = make_module({"sam": {"_target_": "callbacks.sam.SAM", "adaptive": True}}, quantizer=recipe)
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    calibrate(module.net, [images])
+    parameters = dict(module.net.named_parameters())
+    loss = module.evaluate((images, torch.arange(8) % CLASSES)).loss
+    slopes = dict(zip(parameters, torch.autograd.grad(loss, parameters.values(), retain_graph=True), strict=True))
+    (sam,) = module.active
+    assert isinstance(sam, SAM)
+    moves = sam.perturbation(module, loss)
+    scale = "conv1.weight_quantizer.raw_scale"
+    assert moves[scale].shape == (4, 1, 1, 1)
+    factor = moves["fc.bias"].norm() / slopes["fc.bias"].norm()
+    for name in (scale, "fc.input_quantizer.raw_scale"):
+        torch.testing.assert_close(moves[name], factor * slopes[name], msg=name)
 
 
 def test_no_gradient_no_perturbation() -> None:

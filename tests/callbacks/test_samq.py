@@ -19,6 +19,7 @@ from research.models.resnet_cifar import resnet8
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Budget
 from research.quant.calibrate import calibrate
+from research.quant.cost import count_norm_parameters
 from research.quant.passes import passes, use_kernels
 from tests.callbacks.searches import ENDS, THREE, allocation_left, on_residual
 from tests.learning.tiny import LSQ, RESNET, StopAt, fit, make_module, state, tiny_net
@@ -129,6 +130,12 @@ def plain_name(name: str, widths: dict[str, int]) -> str:
     key, _, leaf = rest.partition(".")
     layer = place.rpartition(".")[0] if place.endswith("_quantizer") else place.replace("bn", "conv")
     return f"{place}.{leaf}" if int(key) == widths[layer] else name
+
+
+def test_the_batchnorms_of_one_width_are_counted() -> None:
+    module = searching(budget={"kind": "size", "value": 30000, "convention": {"count_norms": True}})
+    expected = count_norm_parameters(on_residual({}).net)
+    assert count_norm_parameters(module.net) == prepared(module).counts.norm_parameters == expected
 
 
 def test_a_pass_at_other_widths_switches_too() -> None:
@@ -317,6 +324,20 @@ def test_the_policy_finds_the_budget() -> None:
     seen = [found.train_policy(iter([batch()] * 50), generator) for _ in range(4)]
     assert seen[-1]["cost"] == pytest.approx(2.5, abs=0.2)
     assert seen[-1]["objective"] < 0.6 * seen[0]["objective"] < 0.6 * (1 + 45 * (3.5 / 2.5 - 1) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "candidates", "tolerance", "warned"),
+    [(2.0, 3, 0.5, True), (4.0, 3, 0.5, False), (2.7, 50, 1e-4, True)],
+    ids=["too few in all", "enough", "too few close"],
+)
+def test_too_few_configurations_close_below_the_budget_are_warned_of(
+    value: float, candidates: int, tolerance: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = prepared(searching(budget={**THREE, "value": value}, candidates=candidates, tolerance=tolerance))
+    drawn = found.near_budget(torch.Generator().manual_seed(0))
+    assert all(found.cost(picks) <= value for picks in drawn)
+    assert ("callbacks.samq: 50 draws have fewer than" in caplog.text) == warned
 
 
 # -- the end -----------------------------------------------------------------------------------------------------

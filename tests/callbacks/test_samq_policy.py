@@ -142,6 +142,19 @@ def test_a_moving_average_of_costs_is_subtracted_where_it_is_wanted(
     assert learner.baseline == (5.0 if momentum == 0 else 4.0)
 
 
+def test_the_learner_takes_the_steps_of_the_official_adam() -> None:
+    learner, reference = (Learner(policy(3, 3, 4), 0.05, 5e-3, 0.0) for _ in range(2))
+    parameters, picks = list(reference.policy.parameters()), torch.tensor([[0, 2, 1]])
+    adam = torch.optim.Adam(parameters, lr=0.05, betas=(0.5, 0.999), weight_decay=5e-4)
+    for cost in (3.0, -1.0, 2.0):
+        learner.step(picks, cost)
+        adam.zero_grad()
+        policy_loss(reference.policy(picks), picks, cost, 5e-3).sum().backward()
+        adam.step()
+    for found, expected in zip(learner.policy.parameters(), parameters, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
 def near(made: Policy, most: float, least: float, count: int, draws: int) -> list[tuple[int, ...]]:
     return drawn_near(made, torch.Generator().manual_seed(1), sum, most, least, count, draws, 3)
 

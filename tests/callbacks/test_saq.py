@@ -161,6 +161,26 @@ def test_layers_that_the_loss_does_not_see_are_left_alone() -> None:
     assert record.norm == pytest.approx(0.3, rel=1e-6)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_a_frozen_weight_does_not_move(case: int, adaptive: bool) -> None:
+    module = host(saq(case=case, rho=0.3, adaptive=adaptive))
+    module.net.conv1.weight.requires_grad_(False)
+    record = Record(module)
+    record.objective(images())
+    assert "conv1.weight" not in record.moves and "fc.weight" in record.moves
+
+
+def test_a_weight_that_its_quantizer_holds_moves_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = host(saq(rho=0.3))
+    layer: Any = module.net.conv1
+    layer.weight.requires_grad_(False)
+    monkeypatch.setattr(type(layer.weight_quantizer), "owns_weight", True)
+    record = Record(module)
+    record.objective(images())
+    assert "conv1.weight" in record.moves
+
+
 @pytest.mark.parametrize(("statistics", "updates"), [("counted", 1), ("all", 2)])
 def test_statistics_count_one_pass_or_all(statistics: str, updates: int) -> None:
     module, plain = host(saq(rho=5.0, statistics=statistics)), host({})

@@ -11,12 +11,16 @@ import torch
 
 from callbacks.sdq import SDQ
 from callbacks.sdq.formulas import improbabilities
-from callbacks.sdq.pressure import qer, size_hinge
+from callbacks.sdq.pressure import qer, size_hinge, squared_error
 from callbacks.sdq.quantizer import StochasticWidth
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.layers import quantizers
+from research.quant.quantizers import QuantizerSpec, build_quantizer
+from research.runs.allocation import ALLOCATION
+from research.runs.folder import RunFolder
+from research.runs.logger import RunLogger
 from tests.callbacks.searches import ENDS, THREE, allocation_left, on_residual, only_mechanic
 from tests.learning.tiny import LSQ, RESNET, StopAt, fit, make_module, state, tiny_net
 
@@ -182,6 +186,16 @@ def test_the_term_is_the_regulariser_and_weights_get_no_gradient_of_it() -> None
         assert (gradient is not None) == any(parameter is beta for beta in betas)
 
 
+@pytest.mark.parametrize("name", ["dorefa", "callbacks.sdq.ConstantMaxDoReFa"])
+def test_the_error_of_one_bit_does_not_depend_on_what_was_quantized_before(name: str) -> None:
+    w = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    quantizer = build_quantizer(QuantizerSpec(name, 1), w.shape, None, "weight")
+    expected = (w.abs() / w.abs().mean() - 1).square().sum()
+    for before in (w, 10 * w):
+        quantizer.codes(before)
+        torch.testing.assert_close(squared_error(quantizer, w), expected)
+
+
 def test_the_hinge_presses_until_the_expected_cost_is_within_the_budget() -> None:
     module = searching(bits=[2, 4], hinge=1.0)
     found = mechanic(module)
@@ -259,6 +273,20 @@ def test_a_run_leaves_its_allocation_as_a_recipe_of_the_next(tmp_path: Path) -> 
     module = searching()
     left, _ = allocation_left(module, tmp_path)
     assert left == Allocation.of(module.net)
+
+
+def test_a_search_that_is_stopped_leaves_no_allocation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder.of(tmp_path, "search", {})
+    folder.path.mkdir(parents=True)
+    for until, left in ((0.9, False), (0.25, True)):
+        module = searching(until=until)
+        trainer = fit(module, callbacks=(StopAfterFirstEpoch(),))
+        assert trainer.global_step == 4
+        caplog.clear()
+        trainer.loggers = [RunLogger(folder)]
+        mechanic(module).on_train_end(trainer, module)
+        assert (folder.path / ALLOCATION).exists() == left
+        assert ("callbacks.sdq: the run ended before its search, without an allocation" in caplog.text) != left
 
 
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:

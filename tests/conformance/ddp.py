@@ -20,6 +20,7 @@ from tests.conformance.registry import MECHANICS
 from tests.learning.tiny import fit, make_module, tiny_net
 
 MODEL = tiny_net(batchnorm=False)
+STEPS = 4
 
 
 class Drawing(Mechanic):
@@ -42,7 +43,8 @@ def train(name: str, checkpoint: Path, **trainer: Any) -> dict[str, Tensor]:
     case = MECHANICS[name]
     mechanics = {**case.mechanics, "drawing": {"_target_": "tests.conformance.ddp.Drawing"}}
     module = make_module(mechanics, model=MODEL, quantizer=case.quantizer, checkpoint=checkpoint)
-    fit(module, max_epochs=1, limit_val_batches=0, precision="64-true", **trainer)  # what differs is no rounding
+    trainer |= {"max_epochs": case.epochs, "limit_train_batches": STEPS // case.epochs, "limit_val_batches": 0}
+    fit(module, precision="64-true", **trainer)  # what differs is no rounding
     return {name: tensor for name, tensor in module.state_dict().items() if "train_" not in name and "val_" not in name}
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
+from research.learning.hessian_scale import HessianScale
 from research.learning.mechanic import Mechanic
 from research.quant.quantizers import quantizer_class
 from research.targets import resolve_target
@@ -39,6 +41,11 @@ class Declared:
     off: Mapping[str, Any] | None = None
     needs_layers: bool = False
     quantizer: Mapping[str, Any] | None = None
+
+
+def measured(state: Mapping[str, Tensor]) -> bool:
+    """Whether curvature was measured: the strengths of all quantizers are one number before, many afterwards."""
+    return len({float(value) for name, value in state.items() if name.endswith("quantizer.delta")}) > 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,12 @@ class Case:
     def settings(self) -> dict[str, Any]:
         """Mechanics and recipe, for ``make_module``."""
         return {"mechanics": self.mechanics, "quantizer": self.quantizer}
+
+    @property
+    def epochs(self) -> int:
+        """Epochs in which it does all that it does; curvature is measured in front of every one but the first."""
+        measuring = [value for value in vars(self.build()).values() if isinstance(value, HessianScale)]
+        return 2 if any(scale.every_n_epochs == 1 for scale in measuring) else 1
 
     def build(self) -> Mechanic:
         """The mechanic itself."""

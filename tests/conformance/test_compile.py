@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from research.learning.module import QuantModule
 from research.models.structure import FloatModel
 from research.quant.quantizers import REGISTRY
-from tests.conformance.registry import FIRST, MECHANICS, recipe
+from tests.conformance.registry import FIRST, MECHANICS, measured, recipe
 from tests.learning.tiny import LSQ, fit, float_weights, make_module, state, tiny_net
 
 MODEL = tiny_net()
@@ -24,7 +24,7 @@ STEPS = 4
 
 
 class Watch(pl.Callback):
-    """Keeps the state of the network after the first step, and the number of graphs after every step."""
+    """Keeps the state of the network after the first step of the last epoch, and the graphs after every step."""
 
     def __init__(self, counter: Any = None) -> None:
         self.counter = counter
@@ -32,14 +32,17 @@ class Watch(pl.Callback):
         self.first: dict[str, Tensor] = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *arguments: Any) -> None:
-        self.first = self.first or state(module.net)
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            self.first = self.first or state(module.net)
         if self.counter is not None:
             self.graphs.append(self.counter.frame_count)
 
 
-def train(watch: Watch, **settings: Any) -> QuantModule:
+def train(watch: Watch, epochs: int = 1, **settings: Any) -> QuantModule:
     module = make_module(**{"model": MODEL, **settings})
-    trainer = fit(module, max_epochs=1, limit_val_batches=0, callbacks=(watch,))
+    trainer = fit(
+        module, max_epochs=epochs, limit_train_batches=STEPS // epochs, limit_val_batches=0, callbacks=(watch,)
+    )
     assert trainer.global_step == STEPS
     return module
 
@@ -49,18 +52,19 @@ def compile_with(counter: Any) -> Callable[..., None]:
     return lambda net, **options: nn.Module.compile(net, backend=counter)
 
 
-def check(backend: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+def check(backend: str, monkeypatch: pytest.MonkeyPatch, epochs: int = 1, **settings: Any) -> None:
     """Train eager and compiled; the eager backend runs the traced graphs, aot_eager traces their backward too."""
     torch.compiler.reset()
     counters.clear()
     counter = CompileCounterWithBackend(backend)
     monkeypatch.setattr(FloatModel, "compile", compile_with(counter), raising=False)
     eager, compiled = Watch(), Watch(counter)
-    train(eager, **settings)
-    train(compiled, **settings, compile="network")
+    train(eager, epochs, **settings)
+    train(compiled, epochs, **settings, compile="network")
     assert compiled.graphs[0] > 0, "nothing was compiled"
     assert len(set(compiled.graphs[1:])) == 1, f"graphs after each step: {compiled.graphs}"
     assert dict(counters["graph_break"]) == {}
+    assert epochs == 1 or measured(compiled.first), "no curvature was measured"
     for key, value in eager.first.items():
         torch.testing.assert_close(compiled.first[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
@@ -78,7 +82,7 @@ def test_a_mechanic_keeps_its_graphs_or_is_refused(name: str, weights: Path, mon
             make_module(**case.settings, compile="network")
         return
     backend = "aot_eager" if case is FIRST[case.slug] else "eager"
-    check(backend, monkeypatch, **case.settings, checkpoint=weights)
+    check(backend, monkeypatch, case.epochs, **case.settings, checkpoint=weights)
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.conformance.ddp import MODEL, train
-from tests.conformance.registry import CONF, MECHANICS
+from tests.conformance.ddp import MODEL, STEPS, train
+from tests.conformance.registry import CONF, MECHANICS, measured
 from tests.learning.tiny import float_weights
 
-STEPS = 4
 DRAWN = "mechanics.drawing.drawn"
 
 
@@ -61,6 +60,7 @@ def test_ranks_agree_and_an_exact_mechanic_equals_one_process(tmp_path: Path) ->
         faults[name, "ranks differ by"] = farthest(first, second)
         faults[name, "decisions differ by"] = float((first[DRAWN] - alone[DRAWN]).abs().max())
         assert int((first[DRAWN] > 0).sum()) == STEPS
+        assert case.epochs == 1 or measured(first), f"{name} measured no curvature"
         if case.build().ddp == "exact":
             distance = farthest(first, alone)
             faults[name, "differs from one process by"] = distance if distance > 1e-6 else 0.0

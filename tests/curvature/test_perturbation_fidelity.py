@@ -60,6 +60,15 @@ def test_gradients_agree_exactly_as_far_as_nothing_is_clipped() -> None:
         assert value < 0.99
 
 
+def test_frozen_layers_are_left_out() -> None:
+    whole = weight_gradients(net_with_clip(0.2), loss, batches())
+    net = net_with_clip(0.2)
+    net[0].weight.requires_grad_(False)
+    for found, expected in zip(weight_gradients(net, loss, batches()), whole, strict=True):
+        assert list(found) == ["2"]
+        torch.testing.assert_close(found["2"], expected["2"])
+
+
 def test_the_gradient_is_that_of_the_mean_loss() -> None:
     net = net_with_clip(0.5)
     latent, _ = weight_gradients(net, loss, batches())

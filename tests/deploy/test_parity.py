@@ -11,9 +11,13 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from research.deploy.deployed import deployed
 from research.deploy.onnx import export_onnx
 from research.deploy.parity import float_weights, parity_report
 from research.models import resnet8
+from research.quant.calibrate import calibrate
+from research.quant.convert import convert
+from research.quant.recipe import Recipe
 
 Make = Callable[..., tuple[nn.Module, dict[str, Any], Tensor]]
 LSQ4 = {"weight": {"name": "lsq", "bits": 4}, "input": {"name": "lsq", "bits": 4}}
@@ -25,6 +29,20 @@ def batches(net: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         labels = net(x).argmax(1)
     labels[0] = (labels[0] + 1) % 10
     return [(x[:10], labels[:10]), (x[10:], labels[10:])]
+
+
+def test_wide_sums_of_codes_are_not_saturated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 8, 3), nn.Flatten(), nn.Linear(8, 10))
+    recipe = {"weight": {"name": "lsq", "bits": 8}, "input": {"name": "lsq", "bits": 8}}
+    convert(net, Recipe.from_config(recipe), "0", "2")
+    with torch.no_grad():
+        net[0].weight.abs_()
+    x = torch.rand(16, 64, 3, 3)
+    calibrate(net, [x])
+    net = deployed(net.eval())
+    export_onnx(net, x, tmp_path / "net.onnx")
+    assert parity_report(net, tmp_path / "net.onnx", batches(net, x))["max_abs_diff"] < 1e-4
 
 
 def test_the_report_of_a_good_export(

@@ -182,6 +182,13 @@ def test_report_counts_biases_norms_and_scales():
     assert report["size_bits_all"] == 536672 + 22336 + 32 * (10 + 2 * 688)
 
 
+def test_of_batchnorms_with_a_copy_for_each_width_one_counts():
+    slot = {"name": "lsq", "bits": 4}
+    net = resnet20()
+    convert(net, Recipe.from_config({"weight": slot, "input": slot, "widths": [2, 4]}), "conv1", "fc")
+    assert count_norm_parameters(net) == count_norm_parameters(resnet20()) == 2 * 688
+
+
 def test_peak_memory():
     net, image = resnet20(), 16384
     # the second convolution of a block: its input, its output and the block's input, which the add still needs

@@ -1,7 +1,9 @@
 """What each paper promises of its quantizer: exact small examples."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from research.quant.output_scale import OutputScale
 from research.quant.quantizers import QuantizerSpec, build_quantizer
 from research.quant.quantizers.base import Quantizer
 from research.quant.quantizers.ewgs import ewgs_round
+from research.quant.quantizers.lsq import lsq_gradient_factor
 from research.quant.ranges import quantization_error
 
 
@@ -106,6 +109,19 @@ def test_lsq_plus_without_offset_is_lsq() -> None:
             torch.testing.assert_close(actual, value, rtol=1e-13, atol=1e-13)
 
 
+def test_lsq_plus_golden_gradient_factor(golden: Callable[[str], dict[str, np.ndarray]]) -> None:
+    prefix = "lsqplus_a4_"
+    case = {k.removeprefix(prefix): torch.from_numpy(v) for k, v in golden("lsq").items() if k.startswith(prefix)}
+    quantizer = make("lsq_plus", 4, options={"configuration": "C3", "gradient_factor": False})
+    quantizer.raw_scale.data.copy_(case["s"].squeeze())
+    quantizer.raw_offset.data.copy_(case["beta"].squeeze())
+    run(quantizer, case["v"], case["upstream"])
+    for name, parameter in (("grad_s", quantizer.raw_scale), ("grad_beta", quantizer.raw_offset)):
+        torch.testing.assert_close(case["gradscale"] * parameter.grad, case[name].squeeze(), rtol=1e-8, atol=0)
+    factor = lsq_gradient_factor(case["v"].numel(), quantizer.limits()[1].double())
+    torch.testing.assert_close(factor, case["gradscale"], rtol=1e-8, atol=0)
+
+
 @pytest.mark.parametrize("offset", ["real", "integer"])
 def test_lsq_plus_offset_gradient_comes_from_clipped_elements_only(offset: str) -> None:
     quantizer = make("lsq_plus", 4, options={"offset": offset, "gradient_factor": False})
@@ -173,7 +189,7 @@ def test_dorefa_weights_by_hand() -> None:
     torch.testing.assert_close(out, double(-1, 1 / 3, 1))
     assert quantizer.codes(double(-1, 0.2, 1)).tolist() == [-3, 1, 3]
     assert (quantizer(double(0.0, 1.0)).abs() > 0.3).all()  # no level at zero
-    torch.testing.assert_close(quantizer(double(-10, 2, 10) / 10), quantizer(double(-1, 0.2, 1)))
+    torch.testing.assert_close(quantizer(double(-10, 2, 10)), double(-1, 1, 1))  # tanh 2 = 0.964
 
 
 def test_dorefa_gradient_flows_through_tanh_and_the_maximum() -> None:
@@ -183,6 +199,16 @@ def test_dorefa_gradient_flows_through_tanh_and_the_maximum() -> None:
     t = torch.tanh(w)
     (expected,) = torch.autograd.grad((t / t.abs().max() * upstream).sum(), w)
     torch.testing.assert_close(w.grad, expected)
+
+
+def test_dorefa_signs_of_the_gradient_do_not_depend_on_the_size_of_the_upstream() -> None:
+    w = double(-1, 0.2, 1, 0.4)
+    quantizer, upstream = make("dorefa", 2, "weight"), double(0.5, -2, 1, -0.1)
+    once = run(quantizer, w, upstream)[1]
+    for factor in (1e-3, 7.0):
+        scaled = run(quantizer, w, factor * upstream)[1]
+        assert torch.equal(scaled.sign(), once.sign()) and once.all()
+        torch.testing.assert_close(scaled, factor * once, rtol=1e-12, atol=0)
 
 
 def test_dorefa_binary_weights() -> None:

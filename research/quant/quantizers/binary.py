@@ -189,6 +189,6 @@ class Binary(Quantizer):
             self.magnitude.copy_(self._scale(self.transform(self._work(x))))
         elif not bool((x < 0).any()):
             raise ValueError(
-                "binary inputs without negative values would all be 1, use model.activation=hardtanh, or bits=32"
+                "binary inputs without negative values would all be 1, use +model.activation=hardtanh, or bits=32"
             )
         self.initialised.fill_(True)

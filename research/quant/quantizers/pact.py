@@ -50,8 +50,8 @@ class PACT(DoReFa):
         if alpha <= 0 or (lower is not None and lower >= 0):
             raise ValueError(f"quantizer.{role}.options: alpha={alpha}, lower={lower}: use lower < 0 < alpha")
         clips = role != "weight"
-        self.alpha = nn.Parameter(torch.tensor(alpha)) if clips else None
-        self.beta = nn.Parameter(torch.tensor(lower)) if clips and lower is not None else None
+        self.alpha = nn.Parameter(torch.tensor(float(alpha))) if clips else None
+        self.beta = nn.Parameter(torch.tensor(float(lower))) if clips and lower is not None else None
         if self.beta is not None:
             self.signed.fill_(bool(spec.signed is True))
 
