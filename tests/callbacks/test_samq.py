@@ -328,7 +328,7 @@ def test_the_policy_finds_the_budget() -> None:
 
 @pytest.mark.parametrize(
     ("value", "candidates", "tolerance", "warned"),
-    [(2.0, 3, 0.5, True), (4.0, 3, 0.5, False), (2.7, 50, 1e-4, True)],
+    [(2.0, 3, 0.5, True), (4.0, 3, 0.5, False), (3.51, 3, 1e-4, True)],
     ids=["too few in all", "enough", "too few close"],
 )
 def test_too_few_configurations_close_below_the_budget_are_warned_of(
