@@ -146,11 +146,20 @@ def test_xnor_is_the_sign_times_the_mean_magnitude() -> None:
     torch.testing.assert_close(make(w.shape, form="xnor")(w), expected, **EXACT)
 
 
-def test_a_constant_filter_has_finite_gradients() -> None:
-    w = torch.full((2, 4), 0.3, requires_grad=True)
-    out = make(w.shape)(w)
-    out.sum().backward()
-    assert out.isfinite().all() and w.grad is not None and w.grad.isfinite().all()
+@pytest.mark.parametrize(("count", "value"), [(27, 0.1), (576, 0.7), (9, 0.05), (4, 0.3)])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_a_filter_of_equal_numbers_has_a_finite_scale_of_at_most_one(
+    count: int, value: float, granularity: str
+) -> None:
+    w = torch.full((2, count), value, requires_grad=True)
+    spec = QuantizerSpec("binary", 1, granularity=granularity)
+    quantizer = build_quantizer(spec, w.shape, 0, "weight")
+    quantizer.initialise(w)
+    assert quantizer.scale.isfinite().all() and (quantizer.scale <= 1).all()
+    out = quantizer(w)
+    assert out.dtype == torch.float32 and out.isfinite().all() and (out.abs() <= 1).all()
+    out.square().sum().backward()
+    assert w.grad is not None and w.grad.isfinite().all()
 
 
 def test_what_it_does_not_have_is_refused() -> None:
