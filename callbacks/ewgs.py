@@ -23,6 +23,7 @@ class EWGSDelta(Mechanic):
 
     slug = "ewgs"
     claims: frozenset[Claim] = frozenset({"weight_quantizer"})
+    ddp = "per_replica"  # the rule takes |g|, and the mean of magnitudes is not the magnitude of the mean
 
     def __init__(
         self,

@@ -95,9 +95,9 @@ class TemperedLSQ(LSQ):
     def plain(self) -> LSQ:
         """The LSQ quantizer with the same state."""
         mask, count, factor = self.mask, self.count_batch, self.gradient_factor
-        found = LSQ(self.spec, self.shape, self.channel_axis, self.role, count, factor, mask)
+        found = LSQ(self.spec, self.shape, self.channel_axis, self.role, count, factor, mask).to(self.raw_scale)
         found.load_state_dict({name: value for name, value in self.state_dict().items() if name != "delta"})
-        return found.to(self.raw_scale.device).train(self.training)
+        return found.train(self.training)
 
     def fake_quantize(self, x: Tensor, rounding: bool = True) -> Tensor:
         """`LSQ.fake_quantize`, tempered in training."""
