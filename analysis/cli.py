@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from research.arguments import check_arguments
-from research.error_line import USER_ERRORS, error_line
 
 REQUIRED = "???"
 
@@ -40,8 +40,8 @@ def script(main: Callable[..., None], defaults: Mapping[str, Any]) -> None:
         main(**arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (*USER_ERRORS, YAMLError) as error:
-        print(f"error: {' '.join(error_line(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, OmegaConfBaseException, YAMLError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

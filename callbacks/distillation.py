@@ -102,10 +102,10 @@ class Distillation(Mechanic):
             raise ValueError(f"callbacks.distillation: weight={weight}, task_weight={task_weight}: use 0 or more")
         if loss not in LOSSES:
             raise ValueError(f"callbacks.distillation.loss={loss}: use {' or '.join(LOSSES)}")
-        if feature_weight < 0 or (feature_weight > 0) != bool(taps):
+        if feature_weight < 0 or (feature_weight > 0 and not taps):
             raise ValueError(
-                f"callbacks.distillation: feature_weight={feature_weight}, taps={list(taps)}: use 0 and [], or more "
-                "than 0 and taps such as ['layer?']"
+                f"callbacks.distillation: feature_weight={feature_weight}, taps={list(taps)}: use 0, or more than 0 "
+                "and taps such as ['layer?']"
             )
         self.weight = weight
         self.temperature = temperature

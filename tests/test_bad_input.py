@@ -185,18 +185,6 @@ COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint.monitor=val/accuracy", "data.validation=0"],
         ["checkpoint.monitor=val/accuracy: data.validation=0", "use data.validation=1000"],
     ),
-    "a mechanic that is not in the list": (
-        ["callbacks=[distillation]", "callbacks.sam.rho=1"],
-        ["callbacks.sam is not chosen; choose it with 'callbacks=[sam]'"],
-    ),
-    "milestones in epochs": (
-        ["scheduler=step", "scheduler.milestones=[30,60]"],
-        ["scheduler.milestones=[30, 60]: use fractions of the run, from 0 to 1"],
-    ),
-    "features without their weight": (
-        ["callbacks=[distillation]", "callbacks.distillation.taps=[layer1]"],
-        ["callbacks.distillation: feature_weight=0.0, taps=['layer1']: use 0 and []"],
-    ),
     "the best of no validation": (
         ["checkpoint.monitor=val/accuracy", "finalise.weights=best", "trainer.check_val_every_n_epoch=5"],
         ["finalise.weights=best: with trainer.check_val_every_n_epoch=5 nothing is validated in 3 epochs; use 1 to 3"],

@@ -193,6 +193,8 @@ def test_schedules(settings: dict[str, Any], step: int, factor: float) -> None:
     [
         ({"name": "cosin"}, "scheduler.name='cosin': use one of cosine"),
         ({"name": "cosine", "warmup": 1.0}, "scheduler.warmup=1.0: use a fraction"),
+        ({"name": "step", "milestones": [30, 60]}, r"scheduler.milestones=\[30, 60\]: use fractions of the run"),
+        ({"name": "cosine", "final": -1.0}, "scheduler.final=-1.0: use 0 or more"),
         ({"name": "cosine", "warm": 0.1}, "scheduler=.*warm"),
     ],
 )
