@@ -5,7 +5,6 @@ Per bin as in Han et al., ICCV 2021; what the paper's text leaves unknown here i
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,8 +106,6 @@ class BinRegularization(Mechanic):
             evaluation = objective(batch, state)
             if self.strength == 0:
                 return evaluation
-            term = self.strength * self.penalty(state)
-            terms = {**evaluation.terms, self.slug: term}
-            return replace(evaluation, loss=evaluation.loss + term, terms=terms)
+            return evaluation.plus(self.slug, self.strength * self.penalty(state))
 
         return regularised

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,8 +67,6 @@ class GradL1(Mechanic):
             parameters = dict(self.module.net.named_parameters())
             weights = {name: parameters[name] for name in self.penalised}
             gradients = named_gradients(evaluation.loss, weights, create_graph=True)
-            term = self.strength * gradient_l1(list(gradients.values()))
-            terms = {**evaluation.terms, self.slug: term}
-            return replace(evaluation, loss=evaluation.loss + term, terms=terms)
+            return evaluation.plus(self.slug, self.strength * gradient_l1(list(gradients.values())))
 
         return regularised

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,8 +67,7 @@ class Kurtosis(Mechanic):
             if self.strength == 0:
                 return evaluation
             values = {**dict(self.module.net.named_parameters()), **(state or {})}
-            term = self.strength * kurtosis_loss([values[name] for name in self.regularised], self.target)
-            terms = {**evaluation.terms, self.slug: term}
-            return replace(evaluation, loss=evaluation.loss + term, terms=terms)
+            term = kurtosis_loss([values[name] for name in self.regularised], self.target)
+            return evaluation.plus(self.slug, self.strength * term)
 
         return regularised

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -112,8 +111,7 @@ class OscillationDampening(Mechanic):
             evaluation = objective(batch, state)
             if self.current == 0:
                 return evaluation
-            term = self.current * under_state(self.module.net, state or {}, self.penalty)
-            return replace(evaluation, loss=evaluation.loss + term, terms={**evaluation.terms, self.slug: term})
+            return evaluation.plus(self.slug, self.current * under_state(self.module.net, state or {}, self.penalty))
 
         return dampened
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -35,6 +35,10 @@ class Evaluation:
     outputs: Any
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     taps: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def plus(self, name: str, term: Tensor) -> Evaluation:
+        """The same with one more term (0-dim) in the loss."""
+        return replace(self, loss=self.loss + term, terms={**self.terms, name: term})
 
 
 class Objective(Protocol):
