@@ -122,7 +122,7 @@ def test_an_unknown_subcommand_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_page_shows_every_machine(tmp_path: Path) -> None:
-    for machine in ("AMD EPYC, 2 cores", "Intel(R) Xeon(R) Processor, 2 cores"):
+    for machine in ("AMD EPYC, 2 cores, AVX2", "Intel(R) Xeon(R) Processor, 2 cores"):
         record = {
             "hardware": machine,
             "torch": "2",
@@ -132,10 +132,10 @@ def test_a_page_shows_every_machine(tmp_path: Path) -> None:
         folder = tmp_path / command.folder_of(machine)
         folder.mkdir()
         (folder / "data.json").write_text(json.dumps(record))
-    assert {path.name for path in tmp_path.iterdir()} == {"amd_epyc_2_cores", "intel_xeon_processor_2_cores"}
+    assert {path.name for path in tmp_path.iterdir()} == {"amd_epyc_2_cores_avx2", "intel_xeon_processor_2_cores"}
     text = page.page(tmp_path)
     assert text.count("## Data path") == 1
-    assert text.index("AMD EPYC, 2 cores, torch 2") < text.index("Intel(R) Xeon(R) Processor, 2 cores, torch 2")
+    assert text.index("AMD EPYC, 2 cores, AVX2, torch 2") < text.index("Intel(R) Xeon(R) Processor, 2 cores, torch 2")
 
 
 def test_a_page_needs_a_record(tmp_path: Path) -> None:
@@ -148,3 +148,8 @@ def test_the_howto_names_every_subcommand() -> None:
     kinds = {*command.MEASURES, "page"}
     assert set(re.findall(r"^python -m analysis.benchmark (\w+)$", text, flags=re.MULTILINE)) == kinds
     assert set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)) == kinds
+
+
+def test_a_cpu_is_named_with_its_instructions() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert re.search(rf"\d+ cores, {capability}( bf16)?$", command.machine_of("cpu"))
