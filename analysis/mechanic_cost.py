@@ -31,8 +31,8 @@ from analysis.train_config import train_config
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
 from research.runs.environment import snapshot
-from research.runs.memory import keep_freed_memory
 from research.runs.files import atomic_write_text
+from research.runs.memory import keep_freed_memory
 from research.train import build
 
 PLAIN = ""
