@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     values["callbacks"] = dict(values.get("callbacks") or {})
     if isinstance(values.get("trainer"), dict) and "precision" in values["trainer"]:
         values["trainer"]["precision"] = str(values["trainer"]["precision"])  # 32 and "32" are one configuration
-    table = values["quantizer"].get("table")
+    table = (values.get("quantizer") or {}).get("table")
     if isinstance(table, str):
         if not Path(table).is_file():
             raise ValueError(f"quantizer.table={table}: no such file; use the table.yaml or allocation.yaml of a run")
@@ -102,3 +103,13 @@ def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | N
         f"init_from={init_from}: no .safetensors file and no finished run at {places}; "
         "give a file, a run folder, or paths.checkpoints (FLATBIT_CHECKPOINTS)"
     )
+
+
+def initial_digest(config: dict[str, Any]) -> str | None:
+    """SHA-256 of the file that ``init_from`` of a plain config names; None for random weights.
+
+    Raises:
+        ValueError: see `initial_checkpoint`.
+    """
+    checkpoint = initial_checkpoint(config["init_from"], config["paths"])
+    return None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()

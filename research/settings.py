@@ -134,6 +134,10 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     if str(trainer.get("precision")) not in PRECISIONS:
         raise ValueError(f"trainer.precision={trainer.get('precision')}: use {' or '.join(PRECISIONS)}")
     check_arguments(pl.Trainer, given, key="trainer", name="trainer")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        value = trainer.get(name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"trainer.{name}={value}: use 1 or more")
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from research.cli import command
-from research.config import build_data, build_module, plain, recorded
+from research.config import build_data, build_module, initial_digest, plain, recorded
 from research.data import ImageDataModule
 from research.deploy.qdq import require_forms
 from research.learning.epoch_line import EpochLine
@@ -39,6 +40,9 @@ from research.settings import PRECISIONS, check_training
 
 log = logging.getLogger(__name__)
 
+INITIAL_WEIGHTS = "initial_weights"
+"""Key of ``environment.json``: SHA-256 of the file of float weights that the run started from."""
+
 
 def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
     """Data and host of a plain config; what is wrong with it shows here, before anything is written."""
@@ -48,6 +52,8 @@ def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
     keep_freed_memory()
     pl.seed_everything(config["seed"], verbose=False)
     data, module = build_data(config), build_module(config)
+    if (classes := config["model"].get("num_classes", data.num_classes)) != data.num_classes:
+        raise ValueError(f"model.num_classes={classes}: the data has {data.num_classes}; leave it out or use that")
     data.setup()
     if config["deploy"]["onnx"]:
         for net in finalise(module).values():
@@ -94,13 +100,24 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
     return trainer
 
 
+def other_weights(config: dict[str, Any], folder: RunFolder) -> bool:
+    """Whether ``init_from`` names a file that holds other weights by now than those which the run started from."""
+    if not folder.environment_path.exists():
+        return False
+    started_from = json.loads(folder.environment_path.read_text()).get(INITIAL_WEIGHTS)
+    try:
+        return started_from not in (None, initial_digest(config))
+    except ValueError:  # the file has gone: nothing to compare with
+        return False
+
+
 def write_records(config: dict[str, Any], folder: RunFolder, overrides: list[str], module: QuantModule) -> None:
     """Say what is being trained, on the screen and in the run folder."""
     log.info("run folder %s\n%s", folder.path, module.describe())
     write_config(folder.config_path, recorded(config))
     write_config(folder.overrides_path, overrides)
     write_table(folder.table_path, module.table)
-    write_json(folder.environment_path, snapshot())
+    write_json(folder.environment_path, {**snapshot(), INITIAL_WEIGHTS: initial_digest(config)})
 
 
 def run(config: dict[str, Any], folder: RunFolder, data: ImageDataModule, module: QuantModule) -> None:
@@ -140,6 +157,10 @@ def main(cfg: DictConfig) -> float | None:
     folder = RunFolder.of(Path(config["paths"]["runs"]), config["name"], config)
     if folder.finished:
         log.info("already done: %s", folder.path)
+        if other_weights(config, folder):
+            log.warning(
+                "init_from=%s: it started from other weights than are there now; use another name=", config["init_from"]
+            )
     else:
         data, module = build(config)
         if getattr(rank_zero_only, "rank", 0) != 0:  # the first rank holds the folder
@@ -147,6 +168,11 @@ def main(cfg: DictConfig) -> float | None:
                 run(config, folder, data, module)
             return None
         with requeued_when_stopped(), folder.lock():
+            if any(folder.checkpoints.glob("*.ckpt")) and other_weights(config, folder):
+                raise ValueError(
+                    f"init_from={config['init_from']}: the interrupted run {folder.path} started from other weights "
+                    "than are there now; use another name="
+                )
             write_records(config, folder, list(HydraConfig.get().overrides.task), module)
             run(config, folder, data, module)
     return float(read_summary(folder.summary_path)["deployments"][0]["accuracy"])

@@ -145,11 +145,18 @@ COMPOSITION: dict[str, list[str]] = {
     "trainer.max_epochs=-3": ["trainer: `max_epochs` must be a non-negative integer or -1"],
     "finalise.weights=best": ["finalise.weights=best needs checkpoint.monitor; add checkpoint.monitor=val/accuracy"],
     "finalise.batchnorm_batches=99": ["finalise.batchnorm_batches=99: ", "use 1..4 batches of 35"],
+    "trainer.accumulate_grad_batches=0": ["trainer.accumulate_grad_batches=0: use 1 or more"],
+    "trainer.check_val_every_n_epoch=0": ["trainer.check_val_every_n_epoch=0: use 1 or more"],
+    "model.width=0": ["model.width=0: use 1 channel or more"],
+    "model.num_classes=7": ["model.num_classes=7: the data has", "leave it out or use that"],
+    "~quantizer": ["quantizer"],
     "optimizer.lr=fast": ["optimizer.lr='fast': use a number"],
     "optimizer.lr=-1": ["optimizer: Invalid learning rate: -1"],
     "calibration.batches=99": ["calibration.batches=99: ", "use 1..4 batches of 35"],
     "data.batch_size=": ["data.batch_size='': use an integer"],
     "quantizer.bits=-1": ["quantizer.bits=-1: use an integer from 1 to 8, or 32 for float"],
+    "quantizer.bits=0": ["bits=0: use 1 to 8, or 32 for float"],
+    "quantizer.weight.narrow=maybe": ["quantizer.weight.narrow='maybe': use true or false"],
     "quantizer.bits=33": ["quantizer.bits=33: use an integer from 1 to 8, or 32 for float"],
     "quantizer.bits=2.5": ["quantizer.bits=2.5: use an integer from 1 to 8, or 32 for float"],
     "quantizer.rules=[{match: none, weight: {bits: 8}}]": ["quantizer.rules[0].match='none' matches no layer: use"],
@@ -244,6 +251,33 @@ def test_float_weights_that_do_not_fit(how: str, says: str, tmp_path: Path) -> N
     path = float_file(tmp_path / "float.safetensors", how)
     line = command(train, *TINY, f"paths.runs={tmp_path}/runs", f"init_from={path}").refusal()
     assert line.startswith(f"error: init_from={path}: ") and says in line
+
+
+def test_float_weights_exchanged_under_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "float.safetensors"
+
+    def write_weights(seed: int) -> None:
+        torch.manual_seed(seed)
+        save_file(resnet8(num_classes=10, in_channels=3, width=4).state_dict(), path)
+
+    write_weights(0)
+    arguments = [*TINY, f"paths.runs={tmp_path}/runs", f"init_from={path}", *trouble(STEPS_PER_EPOCH + 1, "stop")]
+    monkeypatch.setattr(Trouble, "armed", True)
+    assert command(train, *arguments).refusal() == "error: stopped"
+    monkeypatch.setattr(Trouble, "armed", False)
+    write_weights(1)
+    line = command(train, *arguments).refusal()
+    assert line.startswith(f"error: init_from={path}: the interrupted run ") and line.endswith("use another name=")
+    write_weights(0)
+    assert command(train, *arguments).code == 0
+    assert "other weights" not in (again := command(train, *arguments)).err and "already done" in again.err + again.out
+    write_weights(1)
+    done = command(train, *arguments)
+    assert (
+        done.code == 0 and "it started from other weights than are there now; use another name=" in done.err + done.out
+    )
+    path.unlink()
+    assert "other weights" not in (gone := command(train, *arguments)).err + gone.out and gone.code == 0
 
 
 @pytest.fixture
@@ -355,6 +389,7 @@ class TestRunFolders:
     def test_no_run_folder(self, entry_point: Callable[[], None], tmp_path: Path) -> None:
         line = command(entry_point, f"run={tmp_path}").refusal()
         assert f"run={tmp_path}: not a run folder" in line and "give <paths.runs>/<experiment>/<hash>" in line
+        assert command(entry_point, "run=null").refusal().startswith("error: run=None: not a run folder")
         assert command(entry_point).refusal() == "error: run is missing; add run=VALUE"
         assert "runn is unknown; use one of" in command(entry_point, f"runn={tmp_path}").refusal()
 

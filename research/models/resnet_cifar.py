@@ -49,6 +49,8 @@ class ResNetCifar(FloatModel):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"model.depth={depth}: the depth is 6n + 2; use 8, 20, 32 or 56")
+        if width < 1:
+            raise ValueError(f"model.width={width}: use 1 channel or more")
         if shortcut not in get_args(Shortcut):
             raise ValueError(f"model.shortcut={shortcut}: use A (zero padding) or B (1x1 convolution)")
         if activation not in get_args(Activation):

@@ -118,6 +118,8 @@ class Recipe:
                     if slot in rule.settings:
                         change = rule.settings[slot]
                         settings = None if change is None else {**(settings or {}), **change}
+                if settings is not None and settings.get("bits") == 0:
+                    raise ValueError(f"quantizer.{slot}.bits=0: use 1 to 8, or 32 for float")
                 table[name][slot] = make_spec(settings, f"quantizer.{slot}")
         return table
 

@@ -59,13 +59,13 @@ class RunFolder:
         return cls(Path(root).absolute() / experiment / digest, experiment, digest)
 
     @classmethod
-    def existing(cls, path: Path | str) -> "RunFolder":
+    def existing(cls, path: Path | str | None) -> "RunFolder":
         """The folder that an earlier run wrote (`run=DIR` of evaluate and export).
 
-        Raises ValueError where `config.yaml` is missing.
+        Raises ValueError for None and where `config.yaml` is missing.
         """
-        folder = Path(path).absolute()
-        if not (folder / "config.yaml").is_file():
+        folder = None if path is None else Path(path).absolute()
+        if folder is None or not (folder / "config.yaml").is_file():
             raise ValueError(
                 f"run={path}: not a run folder (no config.yaml in it); give <paths.runs>/<experiment>/<hash>, "
                 "the path that training printed"

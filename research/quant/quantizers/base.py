@@ -57,6 +57,8 @@ class QuantizerSpec:
             raise ValueError(f"granularity={self.granularity!r}: use one of {', '.join(GRANULARITIES)}")
         if self.signed not in (True, False, "auto"):
             raise ValueError(f"signed={self.signed!r}: use true, false or auto")
+        if not isinstance(self.narrow, bool):
+            raise ValueError(f"narrow={self.narrow!r}: use true or false")
         if self.narrow and self.signed is False:
             raise ValueError("narrow=true: unsigned codes have no negative one to leave out, use signed=true or auto")
         if self.init not in METHODS:
