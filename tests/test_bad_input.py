@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from research.evaluate import main as evaluate
 from research.export import main as export
 from research.learning.evaluation import Evaluation
 from research.learning.mechanic import Mechanic
-from research.models import resnet8
 from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder
 from research.train import main as train
@@ -225,59 +223,6 @@ def test_missing_or_corrupt_data(file: str | None, data: bytes, says: str, tmp_p
     options = [option for option in TINY if not option.startswith("data")]
     line = command(train, *options, "data=cifar10", f"paths.data={tmp_path}", f"paths.runs={tmp_path}/runs").refusal()
     assert says in line and not (tmp_path / "runs").exists()
-
-
-def float_file(path: Path, how: str) -> Path:
-    """A file for `init_from` with something wrong about it; `how` says what."""
-    state = resnet8(num_classes=10, in_channels=3, shortcut="A", preactivation=False, width=8).state_dict()
-    if how == "pickled":
-        torch.save(state, path.with_suffix(".pt"))
-        return path.with_suffix(".pt")
-    save_file(state, path)
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    return path
-
-
-@pytest.mark.parametrize(
-    ("how", "says"),
-    [
-        ("another architecture", "conv1.weight has shape (8, 3, 3, 3), the model expects (4, 3, 3, 3); use the model"),
-        ("truncated", "truncated or corrupt"),
-        ("pickled", "pickled weights can run code and are not read; use a .safetensors file"),
-    ],
-)
-def test_float_weights_that_do_not_fit(how: str, says: str, tmp_path: Path) -> None:
-    path = float_file(tmp_path / "float.safetensors", how)
-    line = command(train, *TINY, f"paths.runs={tmp_path}/runs", f"init_from={path}").refusal()
-    assert line.startswith(f"error: init_from={path}: ") and says in line
-
-
-def test_float_weights_exchanged_under_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "float.safetensors"
-
-    def write_weights(seed: int) -> None:
-        torch.manual_seed(seed)
-        save_file(resnet8(num_classes=10, in_channels=3, width=4).state_dict(), path)
-
-    write_weights(0)
-    arguments = [*TINY, f"paths.runs={tmp_path}/runs", f"init_from={path}", *trouble(STEPS_PER_EPOCH + 1, "stop")]
-    monkeypatch.setattr(Trouble, "armed", True)
-    assert command(train, *arguments).refusal() == "error: stopped"
-    monkeypatch.setattr(Trouble, "armed", False)
-    write_weights(1)
-    line = command(train, *arguments).refusal()
-    assert line.startswith(f"error: init_from={path}: the interrupted run ") and line.endswith("use another name=")
-    write_weights(0)
-    assert command(train, *arguments).code == 0
-    assert "other weights" not in (again := command(train, *arguments)).err and "already done" in again.err + again.out
-    write_weights(1)
-    done = command(train, *arguments)
-    assert (
-        done.code == 0 and "it started from other weights than are there now; use another name=" in done.err + done.out
-    )
-    path.unlink()
-    assert "other weights" not in (gone := command(train, *arguments)).err + gone.out and gone.code == 0
 
 
 @pytest.fixture
