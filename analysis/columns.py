@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,17 @@ class Column:
     """Chosen before training, so that equal values are written without a deviation."""
 
 
+def weight_quantizer(config: Mapping[str, Any]) -> str:
+    """The name of the quantizer that most weights have, ``float`` for none."""
+    quantizer = config.get("quantizer") or {}
+    slots = [layer.get("weight") for layer in (quantizer.get("table") or {}).values()] or [quantizer.get("weight")]
+    names = Counter("float" if slot is None else slot.get("name", "float") for slot in slots)
+    return names.most_common(1)[0][0]
+
+
 def method(row: Row) -> str:
     """The weight quantizer's name and the mechanics, such as ``lsq+sam``."""
-    quantizer = row["config"].get("quantizer") or {}
-    return "+".join([(quantizer.get("weight") or {}).get("name", "float"), *(row["mechanics"] or ())])
+    return "+".join([weight_quantizer(row["config"]), *(row["mechanics"] or ())])
 
 
 def bits(row: Row) -> str:

@@ -31,6 +31,10 @@ def error_line(error: BaseException) -> str:
         return f"{cause.full_key} is unknown; use one of {known}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing; add {error.full_key}=VALUE"
+    merging = re.match(r"Error merging override \+*([^=\s]+)=(.*)", str(error))
+    if merging:
+        key, value = merging.groups()
+        return f"{key} is of another kind (mapping, list or value) than {value}; write '~{key}' '+{key}={value}'"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     return " ".join(kept) or type(error).__name__

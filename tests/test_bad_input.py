@@ -164,6 +164,7 @@ COMPOSITION: dict[str, list[str]] = {
     "optimizer.quantizer.lr_factor=-1": ["optimizer.quantizer.lr_factor=-1: use a number, 0 or more"],
     "+optimizer.quantizer.lr=0.1": ["optimizer.quantizer: lr and lr_factor", "~optimizer.quantizer.lr_factor"],
     "scheduler.final=-1": ["scheduler.final=-1: use 0 or more"],
+    "quantizer.weight=[lsq]": ["quantizer.weight is of another kind", "write '~quantizer.weight' '+quantizer.weight="],
     "quantizer.table=nowhere.yaml": ["quantizer.table=nowhere.yaml: no such file; use the table.yaml"],
     "init_from=nowhere": ["init_from=nowhere: ", "give a file, a run folder, or paths.checkpoints"],
 }  # fmt: skip

@@ -20,7 +20,7 @@ from analysis import keep, tables
 from analysis.cells import four_digits
 from analysis.cli import script
 from analysis.collect import collect
-from analysis.columns import split_names
+from analysis.columns import method, split_names
 from analysis.formats import markdown
 from analysis.measured_tables import measured_table
 from analysis.significance import welch
@@ -99,6 +99,15 @@ def test_widths_that_a_search_chose_are_not_those_of_the_recipe(tmp_path: Path) 
     write_run(tmp_path, 0.8, callbacks={"sam": {"rho": 0.1}})
     write_run(tmp_path, 0.8, callbacks={"bmpq": {"budget": {"kind": "average_bits", "value": 3}}})
     assert sorted(shown(tmp_path, standard=["bits"])) == [["4/4"], ["searched"]]
+
+
+def test_a_table_says_which_quantizer_the_weights_have() -> None:
+    spec = {"name": "minmax", "bits": 4}
+    table = {"conv1": {"weight": {**spec, "name": "lsq"}}, "a": {"weight": spec}, "b": {"weight": spec}}
+    config = {"quantizer": {"weight": {"name": "lsq"}, "table": table}}
+    assert method({"config": config, "mechanics": ["sam"]}) == "minmax+sam"
+    assert method({"config": {"quantizer": {**config["quantizer"], "table": None}}, "mechanics": None}) == "lsq"
+    assert method({"config": {"quantizer": {"weight": None, "table": None}}, "mechanics": None}) == "float"
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path) -> None:
