@@ -29,9 +29,9 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 	$(TABLES) 'runs=$(RECORDS)/lsq_resnet20_cifar10_*/*' output=docs/results/cifar10.md title=CIFAR-10 preface=analysis/prefaces/cifar10.md
 	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w[124]a[234]*/*' output=docs/results/mechanics.md \
 		'title=Mechanics on CIFAR-10' preface=analysis/prefaces/mechanics_cifar10.md columns=changes
-	$(TABLES) 'runs=$(RECORDS)/oscillation_*_resnet20_cifar10_w2a2/*' output=docs/results/oscillation.md \
+	$(TABLES) 'runs=$(RECORDS)/oscillation_*_resnet20_cifar10_w2a2/*,$(RECORDS)/*_mobilenet_v2_cifar10_w3a3/*' output=docs/results/oscillation.md \
 		'title=Oscillations on CIFAR-10' preface=analysis/prefaces/oscillation.md \
-		standard=experiment,method,bits,seeds,epochs,val_accuracy,accuracy,deployed_accuracy,hardware,minutes \
+		standard=experiment,method,bits,seeds,epochs,val_accuracy,float_accuracy,accuracy,deployed_accuracy,hardware,minutes \
 		columns=accuracy_before_batchnorm,oscillation_tracker/oscillating,oscillation_tracker/ever_oscillated
 	$(TABLES) 'runs=$(RECORDS)/three_epochs/*' output=docs/results/three_epochs.md 'title=Three epochs of everything' \
 		preface=analysis/prefaces/three_epochs.md

@@ -153,7 +153,7 @@ COMPOSITION: dict[str, list[str]] = {
     "calibration.batches=99": ["calibration.batches=99: ", "use 1..4 batches of 35"],
     "data.batch_size=": ["data.batch_size='': use an integer"],
     "quantizer.bits=-1": ["quantizer.bits=-1: use an integer from 1 to 8, or 32 for float"],
-    "quantizer.bits=0": ["bits=0: use 1 to 8, or 32 for float"],
+    "quantizer.bits=0": ["quantizer.bits=0: use an integer from 1 to 8, or 32 for float"],
     "quantizer.weight.narrow=maybe": ["quantizer.weight.narrow='maybe': use true or false"],
     "quantizer.bits=33": ["quantizer.bits=33: use an integer from 1 to 8, or 32 for float"],
     "quantizer.bits=2.5": ["quantizer.bits=2.5: use an integer from 1 to 8, or 32 for float"],

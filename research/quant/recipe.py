@@ -67,6 +67,8 @@ class Recipe:
         for key in config:
             if key not in RECIPE_KEYS:
                 raise ValueError(f"quantizer.{key} is unknown: use one of {', '.join(RECIPE_KEYS)}")
+        if config.get("bits") == 0:  # a layer may be taken out by a rule or a table, not the whole network
+            raise ValueError("quantizer.bits=0: use an integer from 1 to 8, or 32 for float")
         rules = [_rule(entry, f"quantizer.rules[{index}]") for index, entry in enumerate(_entries(config, "rules"))]
         outputs = [
             Rule(_pattern(entry["match"], f"quantizer.outputs[{index}]"), {"output": entry["quantizer"]})
@@ -118,8 +120,6 @@ class Recipe:
                     if slot in rule.settings:
                         change = rule.settings[slot]
                         settings = None if change is None else {**(settings or {}), **change}
-                if settings is not None and settings.get("bits") == 0:
-                    raise ValueError(f"quantizer.{slot}.bits=0: use 1 to 8, or 32 for float")
                 table[name][slot] = make_spec(settings, f"quantizer.{slot}")
         return table
 
