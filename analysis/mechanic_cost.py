@@ -32,7 +32,6 @@ from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
 from research.runs.environment import snapshot
 from research.runs.files import atomic_write_text
-from research.runs.memory import keep_freed_memory
 from research.train import build
 
 PLAIN = ""
@@ -171,7 +170,6 @@ def main(
         steps: optimizer steps of each measurement, two of them to warm up.
         batch_size: images a step.
     """
-    keep_freed_memory()  # as a training run does
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a fit's greetings, once per mechanic and round
     costs = measure(model, rounds, steps, WARMUP, batch_size, compile, only.split(",") if only else ())

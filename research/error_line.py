@@ -7,7 +7,13 @@ from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    ConfigTypeError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, MisconfigurationException)
@@ -32,7 +38,7 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing; add {error.full_key}=VALUE"
     merging = re.match(r"Error merging override \+*([^=\s]+)=(.*)", str(error))
-    if merging:
+    if merging and isinstance(cause, ConfigTypeError):
         key, value = merging.groups()
         return f"{key} is of another kind (mapping, list or value) than {value}; write '~{key}' '+{key}={value}'"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -22,7 +22,7 @@ def test_a_strided_depthwise_convolution_keeps_float32() -> None:
     assert convolved_dtypes(ConvBlock(8, 16, 3, stride=2), images) == [torch.bfloat16]
 
 
-def test_a_block_under_autocast_is_the_block_in_float32_but_for_rounding() -> None:
+def test_a_strided_depthwise_block_under_autocast_is_the_block_in_float32() -> None:
     torch.manual_seed(0)
     block = ConvBlock(8, 8, 3, stride=2, groups=8)
     images = torch.randn(4, 8, 8, 8, requires_grad=True)
