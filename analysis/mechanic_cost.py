@@ -30,6 +30,7 @@ from analysis.mechanics import entries, train_configs
 from analysis.train_config import train_config
 from research.learning.module import QuantModule
 from research.learning.prepare import Preparation
+from research.results import hardware
 from research.runs.environment import snapshot
 from research.runs.files import atomic_write_text
 from research.train import build
@@ -180,7 +181,7 @@ def main(
         "compile": compile,
         "batch_size": batch_size,
         "threads": 1,
-        "hardware": snapshot()["cpu"],
+        "hardware": hardware(snapshot(), "cpu"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "mechanics": {

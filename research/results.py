@@ -96,10 +96,10 @@ SHOWN = (
 
 
 def hardware(environment: Mapping[str, Any], device: str) -> str:
-    """What a run computed on, in words: the GPU's name, or the CPU's and its number of cores."""
+    """What a run computed on, in words: the GPU's name, or the CPU's, its number of cores and its instructions."""
     if device == "cuda":
         return str(environment["gpus"][0])
-    return f"{environment['cpu']}, {environment['cores']} cores"
+    return f"{environment['cpu']}, {environment['cores']} cores, {environment['cpu_instructions']}"
 
 
 def recorded_data(folder: RunFolder, paths: Mapping[str, str]) -> ImageDataModule:

@@ -14,7 +14,7 @@ import torch
 from analysis.benchmark import compile, curvature, data, inference, lightning, memory, page, peers, train
 from analysis.cli import script
 from research.results import hardware
-from research.runs.environment import cpu_convolves_bf16, snapshot
+from research.runs.environment import snapshot
 from research.runs.files import atomic_write_text
 from research.runs.records import write_json
 
@@ -40,15 +40,6 @@ def folder_of(machine: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", machine.lower().replace("(r)", "")).strip("_")
 
 
-def machine_of(device: str) -> str:
-    """The machine in words; a CPU with its instructions, which tell apart models that share a name."""
-    machine = hardware(snapshot(), device)
-    if device == "cuda":
-        return machine
-    bf16 = " bf16" if cpu_convolves_bf16() else ""
-    return f"{machine}, {torch.backends.cpu.get_cpu_capability()}{bf16}"
-
-
 def benchmark(kind: str, output: str, threads: int, **settings: Any) -> None:
     """Measure, print, and keep the record.
 
@@ -61,7 +52,7 @@ def benchmark(kind: str, output: str, threads: int, **settings: Any) -> None:
     torch.set_num_threads(threads)
     values = MEASURES[kind][0](**settings)
     device = settings.get("device", "cpu")
-    machine = machine_of(device)
+    machine = hardware(snapshot(), device)
     record = {
         "hardware": f"{machine}, {threads} threads",
         "torch": torch.__version__,

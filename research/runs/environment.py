@@ -24,6 +24,7 @@ def snapshot() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
+        "cpu_instructions": _cpu_instructions(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if cuda else None,
@@ -64,6 +65,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _cpu_instructions() -> str:
+    """Vector instructions in use, such as ``AVX512 bf16``: they tell apart processors that share a model's name."""
+    return torch.backends.cpu.get_cpu_capability() + (" bf16" if cpu_convolves_bf16() else "")
 
 
 def _cpu_model() -> str:

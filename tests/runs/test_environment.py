@@ -20,6 +20,7 @@ def test_snapshot_names_versions_and_nothing_private() -> None:
     record = snapshot()
     assert record["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["python"] == platform.python_version() and record["threads"] == torch.get_num_threads()
+    assert record["cpu_instructions"].removesuffix(" bf16") == torch.backends.cpu.get_cpu_capability()
     assert datetime.fromisoformat(record["time"]).utcoffset().total_seconds() == 0
     values = json.dumps({key: value for key, value in record.items() if key != "git"})
     assert os.getcwd() not in values and str(Path.home()) not in values.split('"')
