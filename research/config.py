@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +72,23 @@ def build_module(config: dict[str, Any], trusted: bool = True) -> QuantModule:
         recompute=config.get("recompute", False),  # runs of before there was one
         channels_last=config["channels_last"],
         seed=config["seed"],
-        checkpoint=initial_checkpoint(config["init_from"], config["paths"]),
+        checkpoint=initial_checkpoint(config),
         trusted=trusted,
     )
     module.configure_model()
     return module
 
 
-def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | None:
-    """The float weights that ``init_from`` names: a file, a run folder, or an experiment's folder with one run in it.
+def initial_checkpoint(config: Mapping[str, Any]) -> Path | None:
+    """The float weights that ``init_from`` of a plain config names: a file, a run folder, or an experiment's folder.
 
-    It is looked for as given, below ``paths.checkpoints`` and below ``paths.runs``.
+    It is looked for as given, below ``paths.checkpoints`` and below ``paths.runs``. Of an experiment's finished runs it
+    is the only one, or the only one of the config's own ``seed``: each seed of a sweep has a float network of its own.
 
     Raises:
         ValueError: nothing there (says where it was looked for), or several runs.
     """
+    init_from, paths, seed = config["init_from"], config["paths"], config["seed"]
     if init_from is None:
         return None
     candidates = [Path(init_from), Path(paths["checkpoints"]) / init_from, Path(paths["runs"]) / init_from]
@@ -95,7 +98,12 @@ def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | N
         finals = [candidate / FINAL] if (candidate / FINAL).is_file() else sorted(candidate.glob(f"*/{FINAL}"))
         if len(finals) > 1:
             runs = ", ".join(f"{init_from}/{final.parent.name}" for final in finals)
-            raise ValueError(f"init_from={init_from} has several finished runs: name one of {runs}")
+            finals = [final for final in finals if _seed_of(final.parent) == seed]
+            if len(finals) != 1:
+                raise ValueError(
+                    f"init_from={init_from} has several finished runs, {len(finals) or 'none'} with seed={seed}: "
+                    f"name one of {runs}"
+                )
         if finals:
             return finals[0]
     places = ", ".join(str(candidate) for candidate in candidates)
@@ -105,11 +113,16 @@ def initial_checkpoint(init_from: str | None, paths: dict[str, str]) -> Path | N
     )
 
 
+def _seed_of(folder: Path) -> Any:
+    config = folder / "config.yaml"
+    return read_config(config).get("seed") if config.is_file() else None
+
+
 def initial_digest(config: dict[str, Any]) -> str | None:
     """SHA-256 of the file that ``init_from`` of a plain config names; None for random weights.
 
     Raises:
         ValueError: see `initial_checkpoint`.
     """
-    checkpoint = initial_checkpoint(config["init_from"], config["paths"])
+    checkpoint = initial_checkpoint(config)
     return None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()

@@ -199,7 +199,7 @@ def starting_network(folder: RunFolder, paths: Mapping[str, str]) -> tuple[nn.Mo
         ValueError: the run started from random weights, or the file is not found or of another network.
     """
     config = read_config(folder.config_path)
-    checkpoint = initial_checkpoint(config["init_from"], dict(paths))
+    checkpoint = initial_checkpoint({**config, "paths": paths})
     if checkpoint is None:
         raise ValueError(f"run={folder.path}: init_from=null, the run started from random weights; use initial=false")
     module = _recorded_module(folder)

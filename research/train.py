@@ -52,6 +52,8 @@ def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
     keep_freed_memory()
     pl.seed_everything(config["seed"], verbose=False)
     data, module = build_data(config), build_module(config)
+    if module.checkpoint is not None:
+        module.initial_network()  # its weights fit
     if (classes := config["model"].get("num_classes", data.num_classes)) != data.num_classes:
         raise ValueError(f"model.num_classes={classes}: the data has {data.num_classes}; leave it out or use that")
     data.setup()

@@ -1,5 +1,7 @@
 """Float weights to start from: those that do not fit, and those exchanged under their name."""
 
+import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from research.models import resnet8
+from research.runs.records import read_config
 from research.train import main as train
 from tests.test_bad_input import STEPS_PER_EPOCH, TINY, Trouble, command, trouble
 
@@ -35,6 +38,7 @@ def test_float_weights_that_do_not_fit(how: str, says: str, tmp_path: Path) -> N
     path = float_file(tmp_path / "float.safetensors", how)
     line = command(train, *TINY, f"paths.runs={tmp_path}/runs", f"init_from={path}").refusal()
     assert line.startswith(f"error: init_from={path}: ") and says in line
+    assert not (tmp_path / "runs").exists(), "refused before anything is written"
 
 
 def test_float_weights_exchanged_under_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,3 +66,29 @@ def test_float_weights_exchanged_under_their_name(tmp_path: Path, monkeypatch: p
     )
     path.unlink()
     assert "other weights" not in (gone := command(train, *arguments)).err + gone.out and gone.code == 0
+
+
+def test_of_an_experiments_runs_each_seed_starts_from_its_own(tmp_path: Path) -> None:
+    def start(experiment: str, seed: int, *settings: str) -> str:
+        fixed = (*TINY, "trainer.max_epochs=1", f"paths.runs={tmp_path}")
+        done = command(train, *fixed, f"name={experiment}", f"seed={seed}", *settings)
+        assert done.code == 0
+        (folder,) = (path.parent for path in tmp_path.glob(f"{experiment}/*/config.yaml") if seed_in(path) == seed)
+        return folder.name
+
+    def seed_in(path: Path) -> int:
+        return int(read_config(path)["seed"])
+
+    def started_from(experiment: str, run: str) -> str:
+        return json.loads((tmp_path / experiment / run / "environment.json").read_text())["initial_weights"]
+
+    def digest(run: str) -> str:
+        return sha256((tmp_path / "float" / run / "final.safetensors").read_bytes()).hexdigest()
+
+    floats = [start("float", seed, "quantizer=float") for seed in (0, 1)]
+    assert digest(floats[0]) != digest(floats[1])
+    for seed in (0, 1):
+        assert started_from("quantized", start("quantized", seed, "init_from=float")) == digest(floats[seed])
+    line = command(train, *TINY, f"paths.runs={tmp_path}", "init_from=float", "seed=2").refusal()
+    names = ", ".join(sorted(f"float/{run}" for run in floats))
+    assert line == f"error: init_from=float has several finished runs, none with seed=2: name one of {names}"
