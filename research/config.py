@@ -88,9 +88,11 @@ def initial_checkpoint(config: Mapping[str, Any]) -> Path | None:
     Raises:
         ValueError: nothing there (says where it was looked for), or several runs.
     """
-    init_from, paths, seed = config["init_from"], config["paths"], config["seed"]
+    init_from: str | None = config["init_from"]
+    paths: Mapping[str, str] = config["paths"]
     if init_from is None:
         return None
+    seed = config["seed"]
     candidates = [Path(init_from), Path(paths["checkpoints"]) / init_from, Path(paths["runs"]) / init_from]
     for candidate in candidates:
         if candidate.is_file():
