@@ -32,7 +32,7 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 	$(TABLES) 'runs=$(RECORDS)/oscillation_*_resnet20_cifar10_w2a2/*,$(RECORDS)/*_mobilenet_v2_cifar10_w3a3/*' output=docs/results/oscillation.md \
 		'title=Oscillations on CIFAR-10' preface=analysis/prefaces/oscillation.md \
 		standard=experiment,method,bits,seeds,epochs,val_accuracy,float_accuracy,accuracy,deployed_accuracy,hardware,minutes \
-		columns=accuracy_before_batchnorm,oscillation_tracker/oscillating,oscillation_tracker/ever_oscillated
+		columns=gain,accuracy_before_batchnorm,oscillation_tracker/oscillating,oscillation_tracker/ever_oscillated
 	$(TABLES) 'runs=$(RECORDS)/three_epochs/*' output=docs/results/three_epochs.md 'title=Three epochs of everything' \
 		preface=analysis/prefaces/three_epochs.md
 	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3*/*' output=docs/results/bits_per_layer.md \

@@ -95,7 +95,20 @@ STANDARD = {
 }
 """The columns of a table that names none."""
 
-FURTHER = {"changes": Column("changes", "changes", lambda row: f"`{row['changes']}`" if row["changes"] else None)}
+
+def _gain(row: Row) -> float | None:
+    found, start = row.get("accuracy"), row.get("float_accuracy")
+    return None if found is None or start is None else found - start
+
+
+FURTHER = {
+    column.name: column
+    for column in (
+        Column("changes", "changes", lambda row: f"`{row['changes']}`" if row["changes"] else None),
+        Column("gain", "quantized - float %", _gain, ".2f", 100.0),
+    )
+}
+"""Columns that are shown where a table names them: the overrides, what is gained on the float network of the start."""
 
 
 def split_names(text: str | None) -> list[str]:

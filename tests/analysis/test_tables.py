@@ -170,6 +170,14 @@ def test_columns_of_settings_metrics_fields_overrides_and_accuracies_after_quant
     ]
 
 
+def test_what_is_gained_on_the_float_network_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    rows = [{**row, "float_accuracy": row["accuracy"] + 0.02} for seed, accuracy in ((1, 0.80), (2, 0.86))
+            for row in collect(str(make_run(tmp_path, seed, accuracy).path))]  # fmt: skip
+    assert "| -2.00 ± 0.00 |" in markdown(tables.result_table(rows, further=["gain"]))
+    (none,) = collect(str(make_run(tmp_path, 3, 0.9).path))
+    assert markdown(tables.result_table([{**none, "float_accuracy": None}], further=["gain"])).endswith(" – |")
+
+
 def test_an_unknown_column_names_its_like(tmp_path: Path) -> None:
     write_run(tmp_path, 0.8)
     with pytest.raises(ValueError, match=r"^columns=optimizer.lrr: no run knows it; did you mean optimizer.lr"):
