@@ -16,6 +16,8 @@ from analysis.benchmark import __main__ as command
 from analysis.benchmark import compile, memory, page, peers, train
 from analysis.benchmark.networks import REFERENCE, Way
 from analysis.benchmark.peer_worker import OURS
+from research.results import hardware
+from research.runs.environment import snapshot
 
 SMALL = ("rounds=1", "batch_size=4", "model=resnet8")
 
@@ -92,11 +94,12 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_curvature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = measured("curvature", tmp_path, monkeypatch, *SMALL, "images=8")
+    settings = ("rounds=5", "clock=processor", *SMALL[1:], "images=8")  # a ratio of times on a machine that may be busy
+    found = measured("curvature", tmp_path, monkeypatch, *settings)
     assert list(found) == ["float", "W4A4 LSQ"]
     for ways in found.values():
         assert ways["double backward by hand"]["ratio"] == 1.0
-        assert 0.0 < ways["surface=quantized, graphs kept"]["ratio"] < 3.0  # what it gains shows at benchmark sizes
+        assert ways["surface=quantized, graphs kept"]["ratio"] < 1.0
 
 
 def test_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +151,8 @@ def test_the_howto_names_every_subcommand() -> None:
     kinds = {*command.MEASURES, "page"}
     assert set(re.findall(r"^python -m analysis.benchmark (\w+)$", text, flags=re.MULTILINE)) == kinds
     assert set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)) == kinds
+
+
+def test_a_cpu_is_named_with_its_instructions() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert re.search(rf"\d+ cores, {capability}( bf16)?$", hardware(snapshot(), "cpu"))
