@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ TRAINER_OWN = ("callbacks", "logger", "plugins", "default_root_dir", "enable_mod
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 """Lightning's names of the precisions."""
+
+REPLACED_BY_TABLE = ("bits", "weight", "input", "output", "rules")
+"""Keys of a recipe that its table stands in place of."""
 
 Section = dict[str, Any]
 
@@ -124,6 +127,14 @@ def check_training(config: Mapping[str, Any]) -> None:
         )
     if monitor is not None and not config["data"].get("validation"):
         raise ValueError(f"checkpoint.monitor={monitor}: data.validation=0 holds nothing out; use data.validation=1000")
+
+
+def unused_beside_table(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """The overrides of a plain config's recipe that say nothing, since its ``quantizer.table`` says it all."""
+    if config["quantizer"].get("table") is None:
+        return []
+    keys = [(override, override.lstrip("+~").partition("=")[0].split(".")) for override in overrides]
+    return [override for override, key in keys if key[0] == "quantizer" and key[1:2] and key[1] in REPLACED_BY_TABLE]
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:

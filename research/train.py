@@ -36,7 +36,7 @@ from research.runs.logger import RunLogger, finish_wandb, wandb_logger
 from research.runs.memory import keep_freed_memory
 from research.runs.preemption import StopOnSignal, requeued_when_stopped
 from research.runs.records import read_summary, write_config, write_json
-from research.settings import PRECISIONS, check_training
+from research.settings import PRECISIONS, check_training, unused_beside_table
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +156,9 @@ def main(cfg: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of a deprecated torch function
     config = plain(cfg)
     check_training(config)
+    overrides = list(HydraConfig.get().overrides.task)
+    if unused := unused_beside_table(config, overrides):
+        log.warning("quantizer.table stands in place of %s, which changes nothing; leave it out", ", ".join(unused))
     folder = RunFolder.of(Path(config["paths"]["runs"]), config["name"], config)
     if folder.finished:
         log.info("already done: %s", folder.path)
@@ -175,7 +178,7 @@ def main(cfg: DictConfig) -> float | None:
                     f"init_from={config['init_from']}: the interrupted run {folder.path} started from other weights "
                     "than are there now; use another name="
                 )
-            write_records(config, folder, list(HydraConfig.get().overrides.task), module)
+            write_records(config, folder, overrides, module)
             run(config, folder, data, module)
     return float(read_summary(folder.summary_path)["deployments"][0]["accuracy"])
 

@@ -18,7 +18,9 @@ from research.runs.records import write_config
 from research.settings import check_training
 from research.train import build as prepared
 from research.train import build_trainer
+from research.train import main as train
 from tests.conformance.registry import FIRST
+from tests.test_bad_input import TINY, command
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -106,6 +108,14 @@ def test_the_table_of_one_run_is_the_recipe_of_the_next(tmp_path: Path) -> None:
     check_training(config)
     second = build_module(config)
     assert second.table == first.table and second.describe() == first.describe()
+
+
+def test_bits_typed_beside_a_table_are_warned_of(tmp_path: Path) -> None:
+    write_config(tmp_path / "table.yaml", {})
+    typed = ["model=resnet8", f"quantizer.table={tmp_path}/table.yaml", f"paths.runs={tmp_path}", "quantizer.bits=4"]
+    done = command(train, *TINY, *typed)
+    assert "quantizer.table stands in place of quantizer.bits=4, which changes nothing" in done.out + done.err
+    assert "quantizer.table does not fit this model" in done.refusal()
 
 
 @pytest.mark.parametrize(("precision", "instructions"), [("bf16", False), ("bf16", True), ("32", False)])

@@ -11,7 +11,7 @@ from research.arguments import check_arguments
 from research.config import plain
 from research.models import resnet8
 from research.quant.recipe import Recipe, make_spec
-from research.settings import check_training
+from research.settings import check_training, unused_beside_table
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -104,3 +104,11 @@ def test_the_form_of_a_recipe(part: dict[str, Any], message: str) -> None:
 def test_a_slot_names_its_key() -> None:
     with pytest.raises(ValueError, match=r"^quantizer\.weight\.granularity='row': use one of tensor, channel$"):
         make_spec({"granularity": "row"}, "quantizer.weight")
+
+
+def test_what_a_table_stands_in_place_of(config: dict[str, Any]) -> None:
+    replaced = ["quantizer.bits=3", "+quantizer.weight.options.a=1", "~quantizer.rules"]
+    kept = ["quantizer=lsq", "quantizer.table=a.yaml", "quantizer.replace=[]", "quantizer.fold_bn=2", "optimizer.lr=1"]
+    with_table = {**config, "quantizer": {**config["quantizer"], "table": {}}}
+    assert unused_beside_table(with_table, [*kept, *replaced]) == replaced
+    assert unused_beside_table(config, [*kept, *replaced]) == []
