@@ -27,15 +27,14 @@ def convolution(x: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
 
 
 def convolution_forward(layer: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The layer's ``_conv_forward`` with `convolution`; the library's under autocast."""
-    library = layer._conv_forward
+    """The layer's ``_conv_forward`` with `convolution`; under autocast in its dtype, as the library's."""
     assert not isinstance(layer.padding, str)
     geometry = Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            y: Tensor = library(x, weight, bias)
-            return y
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         y = convolution(x, weight, geometry)
         return y if bias is None else y + bias.view(-1, 1, 1)
 

@@ -17,7 +17,8 @@ def fast_double_backward(net: nn.Module) -> Iterator[None]:
     """Inside the block the convolutions and batch-norms of ``net`` have fast second derivatives.
 
     Same values, derivatives equal up to rounding. What stays as it is: convolutions that pad with anything but zeros,
-    batch-norms in evaluation mode or without parameters or with a cumulative average, and all under autocast.
+    batch-norms in evaluation mode or without parameters or with a cumulative average. Under autocast convolutions run
+    in its dtype; a batch-norm takes its second derivatives in that of its parameters.
     """
     with ExitStack() as stack:
         for module in net.modules():

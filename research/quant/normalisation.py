@@ -27,11 +27,11 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def batchnorm_forward(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
-    """The module's ``forward`` with `batch_norm`; the library's in evaluation mode and under autocast."""
+    """The module's ``forward`` with `batch_norm`; the library's in evaluation mode."""
     library = norm.forward
 
     def forward(x: Tensor) -> Tensor:
-        if not norm.training or torch.is_autocast_enabled(x.device.type):
+        if not norm.training:
             return library(x)
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -76,6 +76,7 @@ class _NormBackward(Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor, a_gamma: Tensor, a_beta: Tensor) -> tuple[Tensor | None, ...]:
         g, x, gamma, mean, inverse = ctx.saved_tensors
+        g, x, a = (values.to(gamma.dtype) for values in (g, x, a))  # under autocast they have fewer bits
         axes = [axis for axis in range(x.ndim) if axis != 1]
         if torch.is_grad_enabled():  # a third derivative may follow: all as operations that are recorded
             mean, inverse = x.mean(axes), torch.rsqrt(x.var(axes, correction=0) + ctx.eps)
