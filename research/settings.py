@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 from research.arguments import check_arguments
 from research.learning.optim import Schedule
 from research.learning.prepare import Preparation
+from research.quant.recipe import SLOT_KEYS
 from research.runs.checkpoint import RunCheckpoint
 from research.targets import find_target
 
@@ -20,8 +22,8 @@ TRAINER_OWN = ("callbacks", "logger", "plugins", "default_root_dir", "enable_mod
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 """Lightning's names of the precisions."""
 
-REPLACED_BY_TABLE = ("bits", "weight", "input", "output", "rules")
-"""Keys of a recipe that its table stands in place of."""
+REPLACED_BY_TABLE = re.compile(rf"[+~]*quantizer\.({'|'.join((*SLOT_KEYS, 'rules', 'bits'))})\b")
+"""An override of what a recipe's table stands in place of."""
 
 Section = dict[str, Any]
 
@@ -133,8 +135,7 @@ def unused_beside_table(config: Mapping[str, Any], overrides: Sequence[str]) -> 
     """The overrides of a plain config's recipe that say nothing, since its ``quantizer.table`` says it all."""
     if config["quantizer"].get("table") is None:
         return []
-    keys = [(override, override.lstrip("+~").partition("=")[0].split(".")) for override in overrides]
-    return [override for override, key in keys if key[0] == "quantizer" and key[1:2] and key[1] in REPLACED_BY_TABLE]
+    return [override for override in overrides if REPLACED_BY_TABLE.match(override)]
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:

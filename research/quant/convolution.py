@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from research.quant.fused import Convolution
+from research.quant.fused import Convolution, convolution_dtype
 
 
 def convolution(x: Tensor, weight: Tensor, geometry: Convolution) -> Tensor:
@@ -32,11 +31,9 @@ def convolution_forward(layer: nn.Conv2d) -> Callable[[Tensor, Tensor, Tensor | 
     geometry = Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        y = convolution(x, weight, geometry)
-        return y if bias is None else y + bias.view(-1, 1, 1)
+        dtype = convolution_dtype(x)
+        y = convolution(x.to(dtype), weight.to(dtype), geometry)
+        return y if bias is None else y + bias.to(dtype).view(-1, 1, 1)
 
     return forward
 

@@ -203,7 +203,7 @@ class _QuantizedConvolution(torch.autograd.Function):
         kernels: Kernels,
     ) -> Tensor:
         """Quantize the input and convolve it with the (quantized) weight."""
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = convolution_dtype(x)
         weight = weight.to(dtype)
         ctx.save_for_backward(x, raw, weight)
         ctx.grid, ctx.convolution, ctx.kernels, ctx.bias = grid, convolution, kernels, bias
@@ -230,6 +230,11 @@ class _QuantizedConvolution(torch.autograd.Function):
                 grad, inputs, weight, ctx.bias, (False, need_weight, need_bias)
             )
         return grad_x, grad_raw, grad_weight, grad_bias, None, None, None
+
+
+def convolution_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of ``x`` runs in: the dtype of autocast where that is on, else its own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ def network() -> nn.Sequential:
         nn.BatchNorm2d(4),
         nn.Tanh(),
     )
-    for name, parameter in net.named_parameters():
-        if name in ("1.weight", "4.weight"):
-            nn.init.uniform_(parameter, 0.5, 1.5)
+    for norm in (net[1], net[4]):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
     return net
 
 
 def products(net: nn.Module, x: Tensor, autocast: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The loss with its gradients, and the derivatives of half their squared norm."""
+    """The loss with its gradients, and the derivatives of their squared norm."""
     parameters = tuple(net.parameters())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = net(x).pow(2).mul(torch.linspace(0, 1, 4, dtype=x.dtype)[:, None, None]).mean()
