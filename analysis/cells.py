@@ -46,7 +46,7 @@ class Cell:
             return self.text or "–", None, ""
         form = four_digits(self.mean) if self.number == FOUR_DIGITS else self.number
         mean = f"{'' if self.converged else '~'}{self.mean:{form}}"
-        deviation = None if self.deviation is None else f"{self.deviation:{form}}"
+        deviation = None if self.deviation is None else f"{self.deviation:{form.lstrip('+')}}"
         return mean, deviation, "" if len(self.values or ()) == self.rows else f" (n={len(self.values or ())})"
 
 

@@ -34,10 +34,11 @@ def collect(pattern: str) -> list[Row]:
 
     Returns:
         Per deployment: ``experiment``, ``hash``, ``seed``, ``path``, the summary's top-level fields, the deployment's
-        own fields, the run's ``config``, ``changes`` (what was overridden in the experiment, as typed), ``metrics``
-        (the last value of each), ``val_accuracy`` (None without validation), ``run`` (history, measurements and
-        environment) and, where the run was quantized after training, the accuracies ``ptq_<bits>`` (min-max range)
-        and ``ptq_mse_<bits>``, 0 to 1. What the source does not know is None.
+        own fields, the run's ``config``, ``changes`` (what was overridden in the experiment, as typed),
+        ``table_from`` (the file of ``quantizer.table=``, as typed), ``metrics`` (the last value of each),
+        ``val_accuracy`` (None without validation), ``run`` (history, measurements and environment) and, where the run
+        was quantized after training, the accuracies ``ptq_<bits>`` (min-max range) and ``ptq_mse_<bits>``, 0 to 1.
+        What the source does not know is None.
 
     Raises:
         ValueError: no finished run matches.

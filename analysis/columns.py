@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from analysis.measured_values import Selector
@@ -19,6 +20,9 @@ from analysis.rows import Row, flat
 
 FOUR_DIGITS = "4"
 """A number's format: four significant digits of the mean, and as many decimals of the deviation."""
+
+IN_RUN_FOLDERS = ("allocation", "table")
+"""Names, without suffix, of the tables in the folder of a run, which do not say whose they are."""
 
 MISSING = object()
 """A row does not know the column at all, which is something else than None."""
@@ -51,12 +55,27 @@ def method(row: Row) -> str:
     return "+".join([weight_quantizer(row["config"]), *(row["mechanics"] or ())])
 
 
+def _searches(row: Row) -> list[str]:
+    """The mechanics with a budget, which choose widths within it."""
+    return [name for name, callback in (row["config"].get("callbacks") or {}).items() if callback.get("budget")]
+
+
+def widths_from(row: Row) -> str | None:
+    """What chose the widths: the mechanics that searched, the table's file or the experiment whose run holds it, or
+    ``recipe``; None of a float network, and of a table where the source knows no overrides."""
+    config = row["config"]
+    if (config.get("quantizer") or {}).get("table"):
+        path = Path(row["table_from"] or "")
+        return (path.parent.parent.name if path.stem in IN_RUN_FOLDERS else path.stem) or row["table_from"]
+    return "+".join(_searches(row)) or (None if weight_quantizer(config) == "float" else "recipe")
+
+
 def bits(row: Row) -> str:
     """Weight and input bits, such as ``4/4``; ``searched`` where a mechanic with a budget chose them."""
     quantizer = row["config"].get("quantizer") or {}
     if quantizer.get("table"):
         return "table"
-    if any(callback.get("budget") for callback in (row["config"].get("callbacks") or {}).values()):
+    if _searches(row):
         return "searched"
     weight, inputs = quantizer.get("weight") or {}, quantizer.get("input") or {}
     return f"{weight.get('bits', 32)}/{inputs.get('bits', 32)}"
@@ -106,9 +125,11 @@ FURTHER = {
     for column in (
         Column("changes", "changes", lambda row: f"`{row['changes']}`" if row["changes"] else None),
         Column("gain", "quantized - float %", _gain, ".2f", 100.0),
+        Column("widths_from", "widths from", widths_from),
     )
 }
-"""Columns that are shown where a table names them: the overrides, what is gained on the float network of the start."""
+"""Columns that are shown where a table names them: the overrides, what is gained on the float network of the start, who
+chose the widths."""
 
 
 def split_names(text: str | None) -> list[str]:

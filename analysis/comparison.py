@@ -1,4 +1,4 @@
-"""Marks of a result table: the best mean of each block, and Welch's test of every mean against a baseline."""
+"""Comparisons in a result table: the best mean of each block, Welch's test and the difference against a baseline."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from analysis.cells import Cell, cell
-from analysis.columns import Column, columns, split_names
+from analysis.columns import FOUR_DIGITS, Column, columns, split_names
 from analysis.rows import Row
 from analysis.significance import welch
 
@@ -48,6 +48,24 @@ def mark_significance(cells: Sequence[Cell], baseline: int) -> list[Cell]:
         else replace(c, p=welch(c.values, reference.values), above=c.mean > reference.mean)  # type: ignore[operator]
         for c in cells
     ]  # fmt: skip
+
+
+def difference(column: Column, reference: Group = ()) -> Column:
+    """The column of a number less that of the baseline's run with the same seed; None where there is no such run.
+
+    Args:
+        column: of the number.
+        reference: the baseline's runs.
+    """
+    values = {row["seed"]: column.value(row) for row in reference}
+
+    def less(row: Row) -> float | None:
+        numbers = column.value(row), values.get(row["seed"])
+        known = all(isinstance(number, int | float) for number in numbers)
+        return numbers[0] - numbers[1] if known else None  # type: ignore[operator]
+
+    number = f"+{column.number}" if column.number and column.number != FOUR_DIGITS else FOUR_DIGITS
+    return Column(f"{column.name} difference", f"Δ {column.title}", less, number, column.factor)
 
 
 def baseline_of(groups: Sequence[Group], baseline: str, block: str, within: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from research.runs.records import Metric, read_metrics, read_summary
 
 TOLD_ELSEWHERE = ("experiment", "name", "seed", "logger", "paths", "hydra")
 """Overrides that tell what a run is anyway, or where it went."""
+
+TABLE = "quantizer.table="
+"""What an override that names a table of widths begins with."""
 
 
 class FolderRun(Run):
@@ -34,6 +38,7 @@ class FolderRun(Run):
         summary = read_summary(path / "summary.json")
         self.folder = RunFolder(path.absolute(), summary["experiment"], summary["hash"])
         after = read_ptq(self.folder)
+        typed: list[str] = read_yaml(self.folder.overrides_path) or []
         deployments = [
             {**row, **{_ptq_column(r): r["accuracy"] for r in after if r["name"] == row["name"]}}
             for row in summary.pop("deployments")
@@ -41,7 +46,8 @@ class FolderRun(Run):
         fields = {
             "path": path,
             "config": read_yaml(self.folder.config_path),
-            "changes": _changes(self.folder),
+            "changes": _changes(typed),
+            "table_from": _table(typed),
             "metrics": last_values(self.folder.metrics_path),
         }
         super().__init__({**summary, **fields}, deployments)
@@ -69,9 +75,13 @@ def last_values(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in last.items()}
 
 
-def _changes(folder: RunFolder) -> str:
-    typed: list[str] = read_yaml(folder.overrides_path) or []
+def _changes(typed: Sequence[str]) -> str:
     return " ".join(o for o in typed if o.split("=")[0].split(".")[0].lstrip("+~") not in TOLD_ELSEWHERE)
+
+
+def _table(typed: Sequence[str]) -> str | None:
+    files = [override.removeprefix(TABLE).strip("'\"") for override in typed if override.startswith(TABLE)]
+    return files[-1] if files else None
 
 
 def _ptq_column(row: dict[str, Any]) -> str:

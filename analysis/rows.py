@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 FIELDS = (
     "experiment", "hash", "seed", "path", "model", "data", "bits", "mechanics", "epochs", "steps", "seconds",
-    "hardware", "changes", "config", "metrics", "val_accuracy", "name", "float_accuracy", "accuracy",
+    "hardware", "changes", "table_from", "config", "metrics", "val_accuracy", "name", "float_accuracy", "accuracy",
     "deployed_accuracy", "size_kib", "compression", "bops",
 )  # fmt: skip
 

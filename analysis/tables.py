@@ -10,7 +10,7 @@ from analysis.cells import cell
 from analysis.cli import REQUIRED, script
 from analysis.collect import Row, collect
 from analysis.columns import STANDARD, columns, split_names
-from analysis.comparison import WITHIN, baseline_of, blocks, mark_best, mark_significance
+from analysis.comparison import WITHIN, baseline_of, blocks, difference, mark_best, mark_significance
 from analysis.formats import FORMATS, Table, comma_separated, latex, markdown
 from analysis.measured_tables import measured_table
 from analysis.significance import LEVEL
@@ -37,6 +37,7 @@ def result_table(
     baseline: str | None = None,
     within: str = WITHIN,
     level: float = LEVEL,
+    differences: Sequence[str] = (),
 ) -> Table:
     """The table of the runs, one line per group of seeds.
 
@@ -49,17 +50,24 @@ def result_table(
             ``best`` or else the accuracy.
         within: columns that make the blocks.
         level: p-values below it are marked.
+        differences: columns that are followed by their difference from the baseline, seed by seed.
 
     Raises:
-        ValueError: an unknown column, or a baseline that is not there or not unique.
+        ValueError: an unknown column, a baseline that is not there or not unique, or differences without a baseline.
     """
     groups = grouped(rows)
     shown = columns([*standard, *further], rows)
-    names = [column.name for column in shown]
     smallest = {name.removeprefix("-"): name.startswith("-") for name in best}
-    for name in smallest:
-        if name not in names:
-            raise ValueError(f"best={name}: no column of this table; use one of {', '.join(names)}, or add columns=")
+    known = [column.name for column in shown]
+    for option, name in [*(("best", name) for name in smallest), *(("difference", name) for name in differences)]:
+        if name not in known:
+            raise ValueError(
+                f"{option}={name}: no column of this table; use one of {', '.join(known)}, or add columns="
+            )
+    if differences and not baseline:
+        raise ValueError(f"difference={','.join(differences)}: from what? Give baseline= as well")
+    shown = [one for c in shown for one in ((c, difference(c)) if c.name in differences else (c,))]
+    names = [column.name for column in shown]
     lines = [[cell(group, column) for column in shown] for group in groups]
     compared, references = blocks(groups, within), 0
     for block, positions in compared if best or baseline else ():
@@ -74,14 +82,18 @@ def result_table(
             cells = cells if reference is None else mark_significance(cells, reference)
             for position, marked in zip(positions, cells, strict=True):
                 lines[position][column] = marked
+        for name in differences if reference is not None else ():
+            less = difference(shown[names.index(name)], groups[positions[reference]])
+            for position in positions[:reference] + positions[reference + 1 :]:
+                lines[position][names.index(less.name)] = cell(groups[position], less)
     if baseline and not references:
         raise ValueError(f"baseline={baseline}: no row; give a method or experiment of the table, or COLUMN=VALUE")
     table = Table([column.title for column in shown], lines, level=level)
-    table.notes = _notes(table, baseline, bool(best), within)
+    table.notes = _notes(table, baseline, bool(best), bool(differences), within)
     return table
 
 
-def _notes(table: Table, baseline: str | None, best: bool, within: str) -> list[str]:
+def _notes(table: Table, baseline: str | None, best: bool, differences: bool, within: str) -> list[str]:
     """What the marks of a table mean."""
     notes = []
     if best:
@@ -92,6 +104,8 @@ def _notes(table: Table, baseline: str | None, best: bool, within: str) -> list[
             f"t-test over seeds, p < {table.level:g}, not corrected for the number of comparisons; a mean of one seed "
             "is not tested."
         )
+    if differences:
+        notes.append("Δ: the number less that of the baseline's run with the same seed.")
     if any(not cell.converged for line in table.lines for cell in line):
         notes.append("~: an estimate that has not converged.")
     return notes
@@ -116,6 +130,7 @@ def main(
     standard: str | None = None,
     best: str | None = None,
     baseline: str | None = None,
+    difference: str | None = None,
     within: str = WITHIN,
     level: float = LEVEL,
     format: str | None = None,  # noqa: A002  (the word on the command line)
@@ -134,6 +149,7 @@ def main(
         standard: the columns before them, all of ``analysis.columns.STANDARD`` unless given.
         best: columns whose best mean is set in bold, ``-NAME`` where the smallest is best.
         baseline: method, experiment or ``COLUMN=VALUE`` that all else is tested against by Welch's t-test.
+        difference: columns that are followed by their difference from the baseline.
         within: bold and tests compare rows that agree in these columns.
         level: p-values below it are marked.
         format: markdown, latex or csv; None goes by the suffix of ``output``.
@@ -148,12 +164,13 @@ def main(
         chosen = {"standard": split_names(standard)} if standard else {}
         table = result_table(
             collect(runs), split_names(columns), best=split_names(best), baseline=baseline, within=within,
-            level=level, **chosen,
+            level=level, differences=split_names(difference), **chosen,
         )  # fmt: skip
     if output is None:
         print({"markdown": markdown(table), "latex": latex(table, title), "csv": comma_separated(table)}[form].rstrip())
         return
     options = {"columns": columns, "measured": measured, "standard": standard, "best": best, "baseline": baseline}
+    options |= {"difference": difference}
     options |= {"within": within if within != WITHIN else None, "level": f"{level:g}" if level != LEVEL else None}
     text = "" if preface is None else Path(preface).read_text().strip() + "\n\n"
     atomic_write_text(Path(output), page(table, form, title, text, command_line("analysis.tables", runs, options)))
@@ -168,6 +185,6 @@ def command_line(module: str, runs: str, options: Mapping[str, str | None]) -> s
 if __name__ == "__main__":
     DEFAULTS = {
         "output": None, "title": "Results", "preface": None, "columns": None, "measured": None, "standard": None,
-        "best": None, "baseline": None, "within": WITHIN, "level": LEVEL, "format": None,
+        "best": None, "baseline": None, "difference": None, "within": WITHIN, "level": LEVEL, "format": None,
     }  # fmt: skip
     script(main, {"runs": REQUIRED, **DEFAULTS})

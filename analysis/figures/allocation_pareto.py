@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from analysis.collect import Row
+from analysis.columns import widths_from
 from analysis.figures.allocation_bits import allocation_of, name_of
 from analysis.figures.base import COLOURS, LINES, MARKERS, Drawn, by_label, comparable, figure_script, method, panels
 
@@ -64,7 +65,8 @@ def series(rows: Sequence[Row], cost: str) -> dict[str, list[Point]]:
 def _network(row: Row) -> str:
     allocation = allocation_of(row)
     assert allocation is not None
-    return f"{method(row)}, {name_of(allocation)}"
+    found = f", widths from {widths_from(row)}" if row["config"]["quantizer"].get("table") else ""
+    return f"{method(row)}{found}, {name_of(allocation)}"
 
 
 def draw(rows: Sequence[Row], costs: str = "bops,size_kib") -> Drawn:

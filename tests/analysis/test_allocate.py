@@ -224,6 +224,12 @@ def test_accuracy_against_cost(copies: dict[str, Path], tmp_path: Path) -> None:
     save(drawn, tmp_path, "allocation_pareto")
     even = allocation_pareto.draw([{**row, "accuracy": 0.6}, *seeds], costs="size_kib")
     assert [line[-1] for line in even.table] == [True, True], "equal in both: neither is beaten"
+    config = {**row["config"], "quantizer": {**row["config"]["quantizer"], "table": {}}}
+    tables = [{**seeds[0], "mechanics": [], "config": config | {"seed": seed}, "table_from": f"{name}.yaml"}
+              for seed, name in enumerate(("ssps", "sdq"))]  # fmt: skip
+    config["quantizer"]["table"] = {"conv1": {"weight": {"name": "lsq", "bits": 8}}}
+    names = [line[0] for line in allocation_pareto.draw([uniform, *tables], costs="bops").table[1:]]
+    assert names == [f"LSQ, widths from {name}, W2.5A4 mixed" for name in ("ssps", "sdq")]
     with pytest.raises(ValueError, match="^costs=money: use some of bops"):
         allocation_pareto.draw([uniform], costs="money")
     with pytest.raises(NoData, match="no run with quantizers"):

@@ -11,7 +11,9 @@ import pytest
 
 from analysis import keep
 from analysis.collect import collect, main, tidy, write_tidy
+from analysis.columns import widths_from
 from research.runs.ptq import write_ptq
+from research.runs.records import read_config, write_config
 from tests.analysis.run_folders import keep_measurement, write_run
 from tests.analysis.test_tables import make_run
 
@@ -51,6 +53,25 @@ def test_a_tidy_table_has_a_line_for_each_deployment_and_reads_back(tmp_path: Pa
     assert list(read[0]) == table.column_names
     assert [line["config.callbacks.sam.rho"] for line in read] == ["0.1", ""]
     assert float(read[1]["metrics.val/accuracy"]) == lines[1]["metrics.val/accuracy"]
+
+
+def test_what_chose_the_widths(tmp_path: Path) -> None:
+    found = {
+        "sweeps/allocations/ssps.yaml": "ssps",
+        "'runs/bmpq_w3/0123456789/allocation.yaml'": "bmpq_w3",
+        "allocation.yaml": "allocation.yaml",
+    }
+    for seed, typed in enumerate(found):
+        folder = write_run(tmp_path, 0.8, seed=seed, typed=["quantizer.table=other.yaml", f"quantizer.table={typed}"])
+        config = read_config(folder.config_path)
+        config["quantizer"]["table"] = {"conv1": {"weight": {"name": "lsq", "bits": 3}}}
+        write_config(folder.config_path, config)
+    write_run(tmp_path, 0.8, seed=3, callbacks={"sam": {"rho": 0.1}, "sdq": {"budget": {"kind": "average_bits"}}})
+    write_run(tmp_path, 0.8, seed=4, callbacks={"sam": {"rho": 0.1}})
+    rows = sorted(collect(f"{tmp_path}/*/*"), key=lambda row: row["seed"])
+    assert list(map(widths_from, rows)) == [*found.values(), "sdq", "recipe"]
+    assert widths_from({**rows[0], "table_from": None}) is None, "a source that knows no overrides"
+    assert widths_from({**rows[4], "config": {"quantizer": {"weight": None}}}) is None, "a float network"
 
 
 def test_numbers_and_words_in_one_column_are_words(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_result_pages_are_what_the_records_generate(page: Path) -> None:
     if "measured" in given:
         assert markdown(measured_table(rows, given["measured"])) in page.read_text()
         return
-    lists = {"columns": "further", "standard": "standard", "best": "best"}
+    lists = {"columns": "further", "standard": "standard", "best": "best", "difference": "differences"}
     options = {lists.get(key, key): split_names(value) if key in lists else value for key, value in given.items()}
     assert markdown(tables.result_table(rows, **options)) in page.read_text()
 
@@ -270,6 +270,25 @@ def test_best_means_are_bold_and_tested_against_the_baseline_of_their_block(tmp_
         shown(tmp_path, **options, baseline="hero")
     smallest = shown(tmp_path, standard=["accuracy"], best=["-accuracy"])
     assert sorted(line[0] for line in smallest) == ["**81.00 ± 1.00**"] * 3 + ["86.00 ± 1.00"]
+
+
+def test_differences_from_the_baseline_seed_by_seed(tmp_path: Path) -> None:
+    for seed, (plain, sam) in enumerate(((0.80, 0.83), (0.82, 0.84), (None, 0.90))):
+        if plain:
+            write_run(tmp_path, plain, seed=seed)
+        write_run(tmp_path, sam, seed=seed, callbacks={"sam": {"rho": 0.1}})
+    options: dict[str, Any] = {"standard": ["method", "accuracy"], "baseline": "lsq", "differences": ["accuracy"]}
+    lines = sorted(shown(tmp_path, **options))
+    assert lines == [["lsq", "81.00 ± 1.41", "–"], ["lsq+sam", "85.67 ± 3.79", "+2.50 ± 0.71 (n=2)"]]
+    other = tmp_path / "another block"
+    write_run(other, 0.5, lr=0.7)
+    write_run(other, 0.4, callbacks={"hero": {"gamma": 1}})
+    apart = shown(other, **options, within="optimizer.lr")
+    assert sorted(apart) == [["lsq", "50.00", "–"], ["lsq+hero", "40.00", "–"]], "no baseline in the block, none told"
+    with pytest.raises(ValueError, match=r"^difference=accuracy: from what\? Give baseline= as well"):
+        shown(tmp_path, standard=["accuracy"], differences=["accuracy"])
+    with pytest.raises(ValueError, match="^difference=val/loss: no column of this table; use one of method, accuracy,"):
+        shown(tmp_path, **options | {"differences": ["val/loss"]})
 
 
 def test_one_seed_is_never_tested_and_the_notes_say_what_marks_mean(tmp_path: Path) -> None:
