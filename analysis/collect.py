@@ -15,6 +15,7 @@ from typing import Any
 
 from analysis.cli import REQUIRED, script
 from analysis.columns import MISSING, columns, split_names
+from analysis.configurations import complete
 from analysis.measured_values import Unconverged
 from analysis.rows import Row, flat
 from analysis.sources import read_runs
@@ -34,16 +35,18 @@ def collect(pattern: str) -> list[Row]:
 
     Returns:
         Per deployment: ``experiment``, ``hash``, ``seed``, ``path``, the summary's top-level fields, the deployment's
-        own fields, the run's ``config``, ``changes`` (what was overridden in the experiment, as typed),
-        ``table_from`` (the file of ``quantizer.table=``, as typed), ``metrics`` (the last value of each),
-        ``val_accuracy`` (None without validation), ``run`` (history, measurements and environment) and, where the run
-        was quantized after training, the accuracies ``ptq_<bits>`` (min-max range) and ``ptq_mse_<bits>``, 0 to 1.
-        What the source does not know is None.
+        own fields, the run's ``config`` (completed, see ``analysis.configurations.complete``), ``changes`` (what was
+        overridden in the experiment, as typed), ``table_from`` (the file of ``quantizer.table=``, as typed),
+        ``metrics`` (the last value of each), ``val_accuracy`` (None without validation), ``run`` (history, measurements
+        and environment) and, where the run was quantized after training, the accuracies ``ptq_<bits>`` (min-max range)
+        and ``ptq_mse_<bits>``, 0 to 1. What the source does not know is None.
 
     Raises:
         ValueError: no finished run matches.
     """
-    return [row for run in read_runs(pattern) for row in run.rows]
+    rows = [row for run in read_runs(pattern) for row in run.rows]
+    complete([row["config"] for row in rows])
+    return rows
 
 
 def tidy(rows: Sequence[Row], names: Sequence[str] = ()) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from itertools import groupby
@@ -12,11 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.configurations import read_yaml
+from analysis.collect import collect
+from analysis.configurations import complete, read_yaml
 from analysis.rows import FIELDS, Row
 from analysis.sources import read_runs
+from analysis.tables import grouped
 from analysis.wandb_file import BLOCK, read_offline
 from analysis.wandb_source import offline_files, online_runs
+from callbacks.sam import SAM
 from research.runs.folder import RunFolder
 from research.runs.logger import finish_wandb, wandb_logger
 from research.runs.records import Metric, read_config, read_metrics, read_summary
@@ -171,3 +175,18 @@ def test_blocks_of_two_runs_are_not_one_object(tmp_path: Path) -> None:
     path.write_text("a: [1\n")
     with pytest.raises(ValueError, match=r"config.yaml is not YAML"):
         read_yaml(path)
+
+
+def test_a_run_older_than_an_option_is_the_configuration_of_one_with_its_default(tmp_path: Path) -> None:
+    new = {"_target_": "callbacks.sam.SAM", "rho": 0.1, "adaptive": True, "eta": 0.01}
+    old = {key: new[key] for key in ("_target_", "adaptive")}
+    gone = {"_target_": "callbacks.sam.Gone", "adaptive": True}
+    configs = [{"callbacks": {"sam": dict(options)}, "name": "a"} for options in (new, old, gone)]
+    complete(configs)
+    default = inspect.signature(SAM).parameters["rho"].default
+    assert [config["callbacks"]["sam"] for config in configs] == [new, new | {"rho": default}, gone]
+    assert str(configs[1]["callbacks"]["sam"]) == str(new | {"rho": default}), "in one order too"
+
+    for seed, options in ((0, {}), (1, {"eta": 0.01}), (2, {"eta": 0.5})):
+        write_run(tmp_path, 0.8, seed=seed, callbacks={"sam": {"_target_": "callbacks.sam.SAM", "rho": 0.1} | options})
+    assert [[row["seed"] for row in group] for group in grouped(collect(f"{tmp_path}/*/*"))] == [[0, 1], [2]]
