@@ -5,6 +5,7 @@ With ``loss: cross_entropy`` and ``task_weight: 0`` it is the label-free form of
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,8 @@ def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
 class Distillation(Mechanic):
     """Add a loss against the outputs of a teacher, and one against its features.
 
-    The teacher is no part of the host's state: it is rebuilt at the start of every fit, resumed ones included.
+    The teacher is no part of the host's state: it is rebuilt at the start of every fit, resumed ones included. Of a
+    teacher of its own name a checkpoint holds the digest, and a resume with another one is refused.
 
     Args:
         weight: of the soft-target term; 0 (without features) is plain training, bit for bit.
@@ -119,6 +121,8 @@ class Distillation(Mechanic):
         self.claims = frozenset(claims)
         self._teacher: list[nn.Module] = []
         self._teacher_taps: list[Taps] = []
+        self._digest: str | None = None
+        self._resumed: str | None = None
 
     @property
     def teacher(self) -> nn.Module:
@@ -134,10 +138,29 @@ class Distillation(Mechanic):
             raise ValueError(f"callbacks.distillation.taps: the teacher: {error}") from None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Build the teacher."""
+        """Build the teacher.
+
+        Raises:
+            ValueError: see `build_teacher`, or a resumed run had another one.
+        """
         if not self._teacher:
             with torch.random.fork_rng(devices=[]):  # the random initialisation it replaces is nobody's noise
-                self.teacher = self.build_teacher().to(pl_module.device, self.module.network_dtype)
+                net = self.build_teacher()
+            self._digest = _digest(net)
+            if self._resumed not in (None, self._digest):
+                raise ValueError(
+                    f"callbacks.distillation.teacher={self.source}: the interrupted run had another teacher than is "
+                    "there now; use another name="
+                )
+            self.teacher = net.to(pl_module.device, self.module.network_dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The digest of a teacher with a name of its own; that of ``init_from`` is told by the run."""
+        return {} if self.source is None or self._digest is None else {"teacher": self._digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the digest for when the teacher is built."""
+        self._resumed = state_dict["teacher"]
 
     def build_teacher(self) -> nn.Module:
         """The network that ``teacher`` names; nothing is unpickled, and configs may name allowed classes only.
@@ -197,6 +220,15 @@ class Distillation(Mechanic):
         if self.task_weight != 1.0:
             terms["task"] = self.task_weight * evaluation.terms["task"]
         return terms
+
+
+def _digest(net: nn.Module) -> str:
+    """SHA-256 of the names and values in a network's state."""
+    found = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _agree(name: str, student: Tensor | None, teacher: Tensor) -> None:

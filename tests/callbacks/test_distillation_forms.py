@@ -15,6 +15,7 @@ from callbacks.distillation import Distillation, feature_loss, soft_cross_entrop
 from research.deploy import save_artifact
 from research.learning.finalise import finalise
 from research.learning.module import QuantModule
+from research.runs.checkpoint import load_checkpoint
 from research.runs.folder import RunFolder
 from research.runs.records import write_config, write_summary
 from tests.learning.tiny import CLASSES, LAST, LSQ, RESNET, fit, float_weights, make_module
@@ -110,6 +111,23 @@ def test_a_teacher_from_weights_of_its_own_architecture(weights: Path) -> None:
     assert torch.equal(module.active[0].teacher(BATCH[0]), expected)
     start = [make_module(quantizer=LSQ, model=RESNET).net, host(weights, **settings).net]
     assert torch.equal(*(net.conv1.weight for net in start)), "the teacher draws none of the student's numbers"
+
+
+def test_a_resume_with_another_teacher_of_that_name_is_refused(weights: Path, tmp_path: Path) -> None:
+    def named() -> QuantModule:
+        return host(weights, teacher="teacher.safetensors")
+
+    teacher = float_weights(weights.parent / "teacher.safetensors", RESNET, seed=3)
+    was = teacher.read_bytes()
+    fit(named(), max_epochs=1, folder=tmp_path)
+    saved = load_checkpoint(tmp_path / LAST)["callbacks"]["distillation"]
+    assert list(saved) == ["teacher"] and len(saved["teacher"]) == 64
+    float_weights(teacher, RESNET, seed=4)
+    message = "^callbacks.distillation.teacher=teacher.safetensors: the interrupted run had another teacher"
+    with pytest.raises(ValueError, match=message):
+        fit(named(), max_epochs=2, folder=tmp_path, resume=tmp_path / LAST)
+    teacher.write_bytes(was)
+    fit(named(), max_epochs=2, folder=tmp_path, resume=tmp_path / LAST)
 
 
 def test_a_teacher_from_a_training_checkpoint(weights: Path, tmp_path: Path) -> None:
