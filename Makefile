@@ -28,14 +28,16 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 	$(BIN)/python -m analysis.cost_lines
 	$(TABLES) 'runs=$(RECORDS)/lsq_resnet20_cifar10_*/*' output=docs/results/cifar10.md title=CIFAR-10 preface=analysis/prefaces/cifar10.md
 	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w[124]a[234]*/*' output=docs/results/mechanics.md \
-		'title=Mechanics on CIFAR-10' preface=analysis/prefaces/mechanics_cifar10.md columns=changes
+		'title=Mechanics on CIFAR-10' preface=analysis/prefaces/mechanics_cifar10.md columns=changes \
+		baseline=method=lsq difference=accuracy
 	$(TABLES) 'runs=$(RECORDS)/oscillation_*_resnet20_cifar10_w2a2/*,$(RECORDS)/*_mobilenet_v2_cifar10_w3a3/*' output=docs/results/oscillation.md \
 		'title=Oscillations on CIFAR-10' preface=analysis/prefaces/oscillation.md \
 		standard=experiment,method,bits,seeds,epochs,val_accuracy,float_accuracy,accuracy,deployed_accuracy,hardware,minutes \
 		columns=gain,accuracy_before_batchnorm,oscillation_tracker/oscillating,oscillation_tracker/ever_oscillated
 	$(TABLES) 'runs=$(RECORDS)/float_resnet20_cifar10/*,$(RECORDS)/*_resnet20_cifar10_float/*' output=docs/results/post_training.md \
 		'title=Quantization after training on CIFAR-10' preface=analysis/prefaces/post_training.md \
-		standard=experiment,method,seeds,epochs,accuracy,hardware,minutes columns=ptq_8,ptq_7,ptq_6,ptq_5,ptq_4,ptq_3
+		standard=experiment,method,seeds,epochs,accuracy,hardware,minutes columns=ptq_8,ptq_7,ptq_6,ptq_5,ptq_4,ptq_3 \
+		within=model,data,epochs baseline=method=float difference=accuracy,ptq_5,ptq_4
 	$(TABLES) 'runs=$(RECORDS)/three_epochs/*' output=docs/results/three_epochs.md 'title=Three epochs of everything' \
 		preface=analysis/prefaces/three_epochs.md
 	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3*/*' output=docs/results/bits_per_layer.md \
