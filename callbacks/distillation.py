@@ -146,7 +146,7 @@ class Distillation(Mechanic):
         if not self._teacher:
             with torch.random.fork_rng(devices=[]):  # the random initialisation it replaces is nobody's noise
                 net = self.build_teacher()
-            self._digest = _digest(net)
+            self._digest = None if self.source is None else _digest(net)
             if self._resumed not in (None, self._digest):
                 raise ValueError(
                     f"callbacks.distillation.teacher={self.source}: the interrupted run had another teacher than is "
@@ -156,7 +156,7 @@ class Distillation(Mechanic):
 
     def state_dict(self) -> dict[str, Any]:
         """The digest of a teacher with a name of its own; that of ``init_from`` is told by the run."""
-        return {} if self.source is None or self._digest is None else {"teacher": self._digest}
+        return {} if self._digest is None else {"teacher": self._digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the digest for when the teacher is built."""

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.collect import Row
+from analysis.columns import widths_from
 from analysis.figures.base import COLOURS, Drawn, NoData, figure_script, history, method, panels
 from analysis.rows import label
 from research.quant.allocation import SLOTS, Allocation
@@ -51,6 +52,12 @@ def name_of(allocation: Allocation) -> str:
     return f"W{weight:.3g}A{inputs:.3g} mixed"
 
 
+def chosen_by(row: Row) -> str:
+    """The run's method, with what chose its widths where these came as a table."""
+    table = row["config"]["quantizer"].get("table")
+    return f"{method(row)}, widths from {widths_from(row)}" if table else method(row)
+
+
 def gathered(rows: Sequence[Row], files: Sequence[str]) -> tuple[dict[str, Allocation], str]:
     """Different allocations of one network by name, and the name of the network: the one with most of them.
 
@@ -65,7 +72,7 @@ def gathered(rows: Sequence[Row], files: Sequence[str]) -> tuple[dict[str, Alloc
             networks.setdefault(tuple(allocation), row["model"])
             called = name_of(allocation)
             if "mixed" in called:
-                called = f"{method(row)}, {called}"
+                called = f"{chosen_by(row)}, {called}"
             found.setdefault(networks[tuple(allocation)], {}).setdefault(allocation, called)
     given = {read_allocation(Path(file)): Path(file).stem for file in files}
     if given:

@@ -11,9 +11,8 @@ from statistics import mean
 from typing import Any
 
 from analysis.collect import Row
-from analysis.columns import widths_from
-from analysis.figures.allocation_bits import allocation_of, name_of
-from analysis.figures.base import COLOURS, LINES, MARKERS, Drawn, by_label, comparable, figure_script, method, panels
+from analysis.figures.allocation_bits import allocation_of, chosen_by, name_of
+from analysis.figures.base import COLOURS, LINES, MARKERS, Drawn, by_label, comparable, figure_script, panels
 
 COSTS: dict[str, tuple[str, float]] = {
     "bops": ("bit operations (10⁹)", 1e-9),
@@ -65,8 +64,7 @@ def series(rows: Sequence[Row], cost: str) -> dict[str, list[Point]]:
 def _network(row: Row) -> str:
     allocation = allocation_of(row)
     assert allocation is not None
-    found = f", widths from {widths_from(row)}" if row["config"]["quantizer"].get("table") else ""
-    return f"{method(row)}{found}, {name_of(allocation)}"
+    return f"{chosen_by(row)}, {name_of(allocation)}"
 
 
 def draw(rows: Sequence[Row], costs: str = "bops,size_kib") -> Drawn:
