@@ -38,8 +38,6 @@ class MaxScale(Quantizer):
         super().__init__(spec, shape, channel_axis, role)
         if role != "weight":
             raise ValueError(f"quantizer.{role}.name={spec.name}: it quantizes weights; use pact for an {role}")
-        if spec.signed is False:
-            raise ValueError(f"quantizer.weight.signed=false: {spec.name} has two's-complement codes, use true")
         if rule not in RULES:
             raise ValueError(f"quantizer.weight.options.rule={rule}: use {' or '.join(RULES)}")
         self.rule = rule

@@ -183,10 +183,10 @@ class PlaneSearch(BitSearch):
         self.layers = self.searched_layers(module.net)
         for name, layer in self.layers.items():
             source = layer.weight_quantizer
-            if type(source) is not LSQ or isinstance(layer, QuantConvBn2d) or source.spec.signed is False:
+            if type(source) is not LSQ or isinstance(layer, QuantConvBn2d):
                 raise ValueError(
-                    f"{key}: {name} is to end as a signed LSQ weight of its own; use quantizer.weight.name=lsq, "
-                    "quantizer.weight.signed=true, quantizer.widths=[] and quantizer.fold_bn=none"
+                    f"{key}: {name} is to end as an LSQ weight of its own; use quantizer.weight.name=lsq, "
+                    "quantizer.widths=[] and quantizer.fold_bn=none"
                 )
             layer.weight_quantizer = self.make(source)
             layer.weight.requires_grad_(False)

@@ -149,7 +149,7 @@ class EdgeMPQ(BitSearch):
             for role, source in slots_of(layer).items():
                 image = role == "input" and name == net.structure().first
                 if role in self.searches and source is not None and not image:
-                    if type(source) not in SEARCHED or source.spec.signed is False and role == "weight":
+                    if type(source) not in SEARCHED or role == "weight" and not source.signed:
                         raise ValueError(
                             f"callbacks.{self.slug}: {name}.{role} has the quantizer {type(source).__name__}; use "
                             "lsq or minmax, signed for weights, and quantizer.widths=[]"

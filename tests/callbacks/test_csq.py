@@ -309,7 +309,6 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
     [
         ({}, "no quantized weight"),
         ({**LSQ, "weight": {"name": "dorefa", "bits": 4}}, "use quantizer.weight.name=lsq"),
-        ({**LSQ, "weight": {"name": "lsq", "bits": 4, "signed": False}}, "quantizer.weight.signed=true"),
         ({**LSQ, "widths": [2, 4]}, r"quantizer.widths=\[\]"),
         ({**LSQ, "fold_bn": 2}, "quantizer.fold_bn=none"),
     ],

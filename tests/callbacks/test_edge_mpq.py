@@ -27,6 +27,7 @@ EXCLUDED = {"first_last": "excluded"}
 INPUTS: dict[str, Any] = {"kind": "activation_memory", "value": 3 * 1088, "convention": EXCLUDED}
 LARGEST: dict[str, Any] = {"kind": "activation_max", "value": 3 * 256, "convention": EXCLUDED}
 BOPS: dict[str, Any] = {"kind": "bops", "value": 3 * 3 * 46080, "convention": EXCLUDED}
+WITH_ZERO_POINT: dict[str, Any] = {"name": "minmax", "bits": 4, "options": {"symmetric": False}}
 BOTH: dict[str, Any] = {"budget": THREE, "input_budget": INPUTS}
 
 
@@ -369,7 +370,7 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
     [
         ({}, "no quantized weight"),
         ({**RECIPE, **ENDS, "weight": {"name": "ewgs", "bits": 4}}, "EWGS"),
-        ({**RECIPE, **ENDS, "weight": {"name": "lsq", "bits": 4, "signed": False}}, "signed for weights"),
+        ({**RECIPE, **ENDS, "weight": WITH_ZERO_POINT}, "signed for weights"),
         ({**RECIPE, "widths": [2, 4]}, r"quantizer.widths=\[\]"),
     ],
 )

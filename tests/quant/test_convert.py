@@ -139,6 +139,7 @@ def test_a_table_of_another_model():
         ({"weight": {**SLOT, "granularity": "row"}}, "granularity='row': use one of tensor, channel"),
         ({"weight": {**SLOT, "signed": "yes"}}, "signed='yes': use true, false or auto"),
         ({"weight": {**SLOT, "signed": False, "narrow": True}}, "narrow=true: unsigned codes have no negative one"),
+        ({"weight": {**SLOT, "signed": False}}, "quantizer.weight.signed=false: without a zero point lsq has no codes"),
         ({"weight": {**SLOT, "init": "best"}}, "quantizer.weight.init='best': use one of lsq, minmax, mse"),
         ({"weight": {**SLOT, "options": {"speed": 3}}}, "quantizer.weight.options="),
         ({"input": {**SLOT, "granularity": "channel"}}, "quantizer.input.granularity=channel"),

@@ -45,13 +45,18 @@ def build_quantizer(spec: QuantizerSpec, shape: Sequence[int], channel_axis: int
     """Build the quantizer that ``spec`` asks for.
 
     Raises:
-        ValueError: unknown quantizer, or options that it does not have.
+        ValueError: unknown quantizer, options that it does not have, or a weight whose negative half has no codes.
     """
     cls = quantizer_class(spec.name)
     try:
-        return cls(spec, shape, channel_axis, role, **spec.options)
+        quantizer = cls(spec, shape, channel_axis, role, **spec.options)
     except TypeError as error:
         raise ValueError(f"quantizer.{role}.options={spec.options}: {spec.name} says {error}") from None
+    if role == "weight" and not quantizer.signed and quantizer.zero_point is None:
+        raise ValueError(
+            f"quantizer.weight.signed=false: without a zero point {spec.name} has no codes for negative weights, use auto"
+        )
+    return quantizer
 
 
 __all__ = [
