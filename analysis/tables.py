@@ -172,8 +172,23 @@ def main(
     options = {"columns": columns, "measured": measured, "standard": standard, "best": best, "baseline": baseline}
     options |= {"difference": difference}
     options |= {"within": within if within != WITHIN else None, "level": f"{level:g}" if level != LEVEL else None}
-    text = "" if preface is None else Path(preface).read_text().strip() + "\n\n"
-    atomic_write_text(Path(output), page(table, form, title, text, command_line("analysis.tables", runs, options)))
+    command = command_line("analysis.tables", runs, options)
+    atomic_write_text(Path(output), page(table, form, title, preface_text(preface), command))
+
+
+def preface_text(preface: str | None) -> str:
+    """What stands between heading and table, an empty line behind it; empty without a preface.
+
+    Raises:
+        ValueError: no such file, or nothing in it.
+    """
+    if preface is None:
+        return ""
+    path = Path(preface)
+    text = path.read_text().strip() if path.is_file() else ""
+    if not text:
+        raise ValueError(f"preface={preface}: {'nothing in it' if path.is_file() else 'no such file'}")
+    return text + "\n\n"
 
 
 def command_line(module: str, runs: str, options: Mapping[str, str | None]) -> str:

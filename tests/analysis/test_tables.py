@@ -78,6 +78,10 @@ def test_page_names_its_source(tmp_path: Path) -> None:
     assert page.startswith("# Title\n\nRead this first.\n\n| experiment |")
     assert "| lsq | – |" in page
     assert "Generated from run folders: `python -m analysis.tables 'runs=" in page
+    (tmp_path / "preface.md").write_text("\n")
+    with pytest.raises(ValueError, match="nothing in it"):
+        tables.main(f"{tmp_path}/runs/*/*", output, "Title", preface)
+    assert (tmp_path / "page.md").read_text() == page
 
 
 def test_keep_copies_the_record_and_no_weights(tmp_path: Path) -> None:
