@@ -21,12 +21,13 @@ from research.learning.evaluation import Evaluation, Objective, State, same_nois
 from research.learning.mechanic import Claim, Mechanic, ParameterGroup
 from research.learning.perturbation import average_over_processes
 from research.quant.allocation import Allocation
+from research.quant.batchnorm import reestimate_batchnorm, running_norms
 from research.quant.budget import Budget, Counts, budgets_from_config, require_budgets
 from research.quant.calibrate import calibrate
 from research.quant.conv_bn import QuantConvBn2d
 from research.quant.layers import QuantLayer, quant_layers, quantizers
 from research.quant.passes import evaluating, passes
-from research.quant.quantizers.base import MAX_BITS
+from research.quant.quantizers.base import MAX_BITS, Quantizer
 from research.runs.allocation import ALLOCATION, write_allocation
 from research.runs.logger import written_folders
 
@@ -295,7 +296,7 @@ class Constrained(Mechanic):
         return candidates(Allocation.of(self.module.net), list(self.layers), self.high_bits) if self.selecting else {}
 
     def _select(self) -> None:
-        """Give the chosen layers their width, and the quantizers that change new ranges from the dual step's images."""
+        """Give the chosen layers their width, with ranges and batch-norm statistics that fit it."""
         assert self.batches is not None
         net, choices = self.module.net, self._choices()
         duals = dict(zip(self.layers, self.state.duals[0, :-1].tolist(), strict=True))
@@ -308,24 +309,35 @@ class Constrained(Mechanic):
             found = within(duals, choices, self.counts, self.budgets)
         before = Allocation.of(net)
         found.apply(net)
-        changed: list[nn.Module] = []
+        changed: list[Quantizer] = []
+        scales: list[nn.Module] = []
         for name, layer in quant_layers(net):
             for quantizer, has, had in (
                 (layer.weight_quantizer, found[name].weight, before[name].weight),
                 (layer.input_quantizer, found[name].input, before[name].input),
             ):
                 if quantizer is not None and has != had:
-                    quantizer.initialised.fill_(False)
                     changed.append(quantizer)
                     if layer.output_quantizer is not None:  # may hold a scale, which calibration fits as well
-                        changed.append(layer.output_quantizer)
-        with torch.compiler.set_stance("force_eager"):
-            calibrate(net, [images for images, _ in self.batches])
-        broadcast(changed)
+                        scales.append(layer.output_quantizer)
+        if changed:
+            self._fit(changed)
+            broadcast([*changed, *scales, *running_norms(net)])
         self.state.final_duals.copy_(self.state.duals[0, :-1])
         self.state.selected.fill_(True)
         chosen = [name for name in ranked(duals) if found[name] != before[name]]
         log.info("constrained: in high precision, largest multiplier first: %s", ", ".join(chosen) or "no layer")
+
+    def _fit(self, changed: list[Quantizer]) -> None:
+        """Ranges of the quantizers that changed, and all batch-norm statistics, anew from the dual step's images."""
+        assert self.batches is not None
+        net, images = self.module.net, [images for images, _ in self.batches]
+        with torch.compiler.set_stance("force_eager"):
+            for _ in range(2):  # what a range is fitted to came through batch-norms, what they see through the ranges
+                for quantizer in changed:
+                    quantizer.initialised.fill_(False)
+                calibrate(net, images)
+                reestimate_batchnorm(net, images)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write ``allocation.yaml`` into the run folder, where there is one."""

@@ -13,6 +13,7 @@ from callbacks.constrained.networks import LayerRecord
 from research.curvature.batches import FixedBatches
 from research.learning.module import QuantModule
 from research.quant.allocation import Allocation
+from research.quant.batchnorm import reestimate_batchnorm
 from research.quant.calibrate import calibrate
 from research.quant.layers import quantizers
 from research.quant.passes import passes
@@ -290,6 +291,21 @@ def test_a_range_whose_width_stays_is_kept_by_the_selection() -> None:
     before = {name: value.detach().clone() for name, value in ranges.items()}
     mechanic._select()
     assert [name for name, value in ranges.items() if not torch.equal(value, before[name])] == chosen
+
+
+def test_a_selection_leaves_statistics_that_fit_its_widths() -> None:
+    module, mechanic = host(keep=2)
+    mechanic.state.duals[0, 1:3] = 1
+    before = norm_statistics(module)
+    mechanic._select()
+    found = norm_statistics(module)
+    assert not torch.equal(found, before)
+    reestimate_batchnorm(module.net, [batch()[0]])
+    torch.testing.assert_close(norm_statistics(module), found)
+
+
+def norm_statistics(module: QuantModule) -> Tensor:
+    return torch.cat([buffer.flatten() for name, buffer in module.net.named_buffers() if "running_" in name])
 
 
 # -- bad settings --------------------------------------------------------------------------------------------------
