@@ -44,7 +44,7 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 		'title=Bits per layer on CIFAR-10' preface=analysis/prefaces/bits_per_layer.md \
 		standard=experiment,method,seeds,epochs,accuracy,size_kib,gbops,hardware,minutes columns=widths_from,weight_bits \
 		within=model,data,epochs baseline=lsq_resnet20_cifar10_w3a3 difference=accuracy
-	$(TABLES) 'runs=$(RECORDS)/allocation_*/*' output=docs/results/bits_three_epochs.md \
+	$(TABLES) 'runs=$(RECORDS)/allocation_three_epochs/*' output=docs/results/bits_three_epochs.md \
 		'title=Bits per layer, three epochs' preface=analysis/prefaces/bits_three_epochs.md columns=weight_bits,changes
 	$(TABLES) 'runs=$(RECORDS)/sweep_lsq_recipe/*' output=docs/results/lsq_recipe.md 'title=LSQ recipe at two bits' \
 		preface=analysis/prefaces/lsq_recipe.md columns=optimizer.lr,quantizer.weight.init,quantizer.input.init
