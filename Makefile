@@ -40,7 +40,7 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 		within=model,data,epochs baseline=method=float difference=accuracy,ptq_5,ptq_4
 	$(TABLES) 'runs=$(RECORDS)/three_epochs/*' output=docs/results/three_epochs.md 'title=Three epochs of everything' \
 		preface=analysis/prefaces/three_epochs.md
-	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3*/*' output=docs/results/bits_per_layer.md \
+	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3*/*,$(RECORDS)/allocation_retrained/*' output=docs/results/bits_per_layer.md \
 		'title=Bits per layer on CIFAR-10' preface=analysis/prefaces/bits_per_layer.md \
 		standard=experiment,method,seeds,epochs,accuracy,size_kib,gbops,hardware,minutes columns=widths_from,weight_bits \
 		within=model,data,epochs baseline=lsq_resnet20_cifar10_w3a3 difference=accuracy
