@@ -54,7 +54,7 @@ def build_quantizer(spec: QuantizerSpec, shape: Sequence[int], channel_axis: int
         raise ValueError(f"quantizer.{role}.options={spec.options}: {spec.name} says {error}") from None
     if role == "weight" and not quantizer.signed and quantizer.zero_point is None:
         raise ValueError(
-            f"quantizer.weight.signed=false: without a zero point {spec.name} has no codes for negative weights, use auto"
+            f"quantizer.weight.signed=false: without a zero point {spec.name} has no codes below 0, use auto"
         )
     return quantizer
 
