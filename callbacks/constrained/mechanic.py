@@ -309,20 +309,19 @@ class Constrained(Mechanic):
             found = within(duals, choices, self.counts, self.budgets)
         before = Allocation.of(net)
         found.apply(net)
-        changed: list[Quantizer] = []
-        scales: list[nn.Module] = []
-        for name, layer in quant_layers(net):
+        changed = [
+            quantizer
+            for name, layer in quant_layers(net)
             for quantizer, has, had in (
                 (layer.weight_quantizer, found[name].weight, before[name].weight),
                 (layer.input_quantizer, found[name].input, before[name].input),
-            ):
-                if quantizer is not None and has != had:
-                    changed.append(quantizer)
-                    if layer.output_quantizer is not None:  # may hold a scale, which calibration fits as well
-                        scales.append(layer.output_quantizer)
+            )
+            if quantizer is not None and has != had
+        ]
         if changed:
             self._fit(changed)
-            broadcast([*changed, *scales, *running_norms(net)])
+            scales = [layer.output_quantizer for _, layer in quant_layers(net) if layer.output_quantizer is not None]
+            broadcast([*changed, *scales, *running_norms(net)])  # output scales are fitted with the ranges
         self.state.final_duals.copy_(self.state.duals[0, :-1])
         self.state.selected.fill_(True)
         chosen = [name for name in ranked(duals) if found[name] != before[name]]

@@ -149,10 +149,10 @@ class EdgeMPQ(BitSearch):
             for role, source in slots_of(layer).items():
                 image = role == "input" and name == net.structure().first
                 if role in self.searches and source is not None and not image:
-                    if type(source) not in SEARCHED or role == "weight" and not source.signed:
+                    if type(source) not in SEARCHED or role == "weight" and source.zero_point is not None:
                         raise ValueError(
                             f"callbacks.{self.slug}: {name}.{role} has the quantizer {type(source).__name__}; use "
-                            "lsq or minmax, signed for weights, and quantizer.widths=[]"
+                            "lsq or minmax, signed for weights and without zero point, and quantizer.widths=[]"
                         )
                     setattr(layer, f"{role}_quantizer", self.make(source, layer, role))
         self.choices = self.reachable

@@ -371,6 +371,7 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
         ({}, "no quantized weight"),
         ({**RECIPE, **ENDS, "weight": {"name": "ewgs", "bits": 4}}, "EWGS"),
         ({**RECIPE, **ENDS, "weight": WITH_ZERO_POINT}, "signed for weights"),
+        ({**RECIPE, **ENDS, "weight": {**WITH_ZERO_POINT, "signed": True}}, "without zero point"),
         ({**RECIPE, "widths": [2, 4]}, r"quantizer.widths=\[\]"),
     ],
 )
