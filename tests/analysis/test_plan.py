@@ -122,3 +122,16 @@ def test_a_job_that_fails_before_its_run_leaves_its_last_line(tmp_path: Path) ->
     (failed,) = [line for line in lines if line.startswith("failed")]
     assert "init_from=nowhere: no .safetensors file" in failed
     assert lines[-1] == "2 jobs: 1 done, 0 running, 1 failed, 0 interrupted, 0 missing"
+
+
+def test_what_only_building_refuses_shows_where_jobs_are_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = " ".join([*TINY, "name=grid", "init_from=nowhere,null"])
+    plan.main("train", grid, str(tmp_path))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 jobs: 2 missing;")
+    plan.main("train", grid, str(tmp_path), build=True)
+    _, refused, _, _, total = capsys.readouterr().out.splitlines()
+    assert refused.split()[1:3] == ["refused", "–"] and "init_from=nowhere: " in refused
+    assert total.startswith("2 jobs: 1 missing, 1 refused;")
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
