@@ -11,7 +11,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,8 @@ def columns(names: Sequence[str], rows: Sequence[Row]) -> list[Column]:
 def _column(name: str, rows: Sequence[Row]) -> Column:
     known = STANDARD.get(name) or FURTHER.get(name)
     if known is not None:
-        return known
+        floats = name == "accuracy" and all(weight_quantizer(row["config"]) == "float" for row in rows)
+        return replace(known, title="accuracy %") if floats else known
     if name.startswith(Selector.PREFIX):
         selector = Selector.parse(name)
         column = Column(name, name.removeprefix(Selector.PREFIX), lambda row: selector.value(row, MISSING), FOUR_DIGITS)

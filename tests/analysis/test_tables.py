@@ -20,7 +20,7 @@ from analysis import keep, tables
 from analysis.cells import four_digits
 from analysis.cli import script
 from analysis.collect import collect
-from analysis.columns import method, split_names
+from analysis.columns import columns, method, split_names
 from analysis.formats import markdown
 from analysis.measured_tables import measured_table
 from analysis.significance import welch
@@ -111,7 +111,10 @@ def test_a_table_says_which_quantizer_the_weights_have() -> None:
     config = {"quantizer": {"weight": {"name": "lsq"}, "table": table}}
     assert method({"config": config, "mechanics": ["sam"]}) == "minmax+sam"
     assert method({"config": {"quantizer": {**config["quantizer"], "table": None}}, "mechanics": None}) == "lsq"
-    assert method({"config": {"quantizer": {"weight": None, "table": None}}, "mechanics": None}) == "float"
+    floats = {"config": {"quantizer": {"weight": None, "table": None}}, "mechanics": None}
+    assert method(floats) == "float"
+    assert [column.title for column in columns(["accuracy"], [floats])] == ["accuracy %"]
+    assert [column.title for column in columns(["accuracy"], [floats, {"config": config}])] == ["quantized %"]
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path) -> None:
