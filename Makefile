@@ -23,9 +23,10 @@ lint: .venv/.installed  ## ruff (rules and format), mypy strict on research and 
 RECORDS := docs/results/records
 TABLES := $(BIN)/python -m analysis.tables
 
-results: .venv/.installed  ## generated pages: results from the kept run records, the table of mechanics
+results: .venv/.installed  ## generated pages: results from the kept run records, the tables of mechanics, figures
 	$(BIN)/python -m analysis.mechanics output=docs/mechanics.md
 	$(BIN)/python -m analysis.cost_lines
+	$(BIN)/python -m analysis.figures.catalogue output=docs/figures.md
 	$(TABLES) 'runs=$(RECORDS)/lsq_resnet20_cifar10_*/*' output=docs/results/cifar10.md title=CIFAR-10 preface=analysis/prefaces/cifar10.md
 	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w[124]a[234]*/*' output=docs/results/mechanics.md \
 		'title=Mechanics on CIFAR-10' preface=analysis/prefaces/mechanics_cifar10.md columns=changes \
@@ -56,7 +57,8 @@ RUNS ?= tests/records
 figures: .venv/.installed  ## every figure, from the bundled records or from RUNS=DIR, into figures/
 	$(BIN)/python -m analysis.figures runs=$(RUNS) output=figures
 
-SHORT := lsq float ewgs noise_tempering saq oscillation freezing n2uq widths bin_regularization binary
+SHORT := lsq float ewgs noise_tempering saq oscillation freezing n2uq widths bin_regularization binary search ssps csq \
+	constrained
 LOOKED_AT := lsq float n2uq widths bin_regularization binary oscillation freezing
 
 CURVATURE := $(BIN)/python -m analysis.curvature k=1 max_iterations=40 probes=12 seeds=0 wandb=disabled
@@ -77,7 +79,7 @@ records: .venv/.installed  ## train the short runs behind the bundled records an
 		$(BIN)/python -m analysis.landscape runs=$$run images=256 && $(CURVATURE) runs=$$run images=256 || exit; done
 	for run in runs/records/records_saq/*; do $(BIN)/python -m analysis.landscape runs=$$run images=256 || exit; done
 	for run in runs/records/records_float/*; do $(CURVATURE) runs=$$run images=128 || exit; done
-	$(BIN)/python -m analysis.keep 'runs=runs/records/records_[!s]*/*,runs/records/records_saq/*' output=tests/records
+	$(BIN)/python -m analysis.keep 'runs=runs/records/records_[!s]*/*,runs/records/records_s[!t]*/*' output=tests/records
 
 docs: .venv/.docs  ## build the site into site/
 	$(BIN)/python -m mkdocs build --strict

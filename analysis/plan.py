@@ -1,8 +1,9 @@
-"""A sweep before it is launched: ``python -m analysis.plan sweep=NAME [overrides='a=1 b=2,3'] [runs=DIR] [build=true]``.
+"""A sweep before it is launched: ``python -m analysis.plan sweep=NAME [overrides='a=1 b=2,3'] [runs=DIR]``.
 
 Prints every job with its run folder, where it stands, and how long it should take by the record of a like run. Nothing
-is trained or written in the runs. Every configuration is composed and checked; ``build=true`` builds data and network as
-well, so that what only they refuse (a table that does not fit, mechanics that exclude each other, lacking data) shows.
+is trained, nothing written among the runs. Every configuration is composed and checked; with ``build=true`` data and
+network are built as well, so that what only they refuse shows: a table that does not fit, mechanics that exclude each
+other, data that is not there.
 """
 
 from __future__ import annotations

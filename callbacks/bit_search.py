@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from research.learning.mechanic import Claim, Mechanic
 from research.learning.module import QuantModule
 from research.quant.allocation import Allocation, LayerBits
-from research.quant.budget import Budget, Choices, Counts, require_budgets
+from research.quant.budget import Budget, Choices, Counts, cost_metrics, require_budgets
 from research.quant.layers import QuantLayer, quant_layers
 from research.runs.allocation import ALLOCATION, write_allocation
 from research.runs.logger import written_folders
@@ -145,6 +145,14 @@ class BitSearch(Mechanic):
         """What an allocation costs, in words for the log."""
         found = [f"{each.cost(self.counts, allocation):.6g} of {each.value:.6g}" for each in self.budgets]
         return ", ".join(found) or "without a budget"
+
+    def present_cost(self, budget: Budget) -> float:
+        """What the present widths cost, in the unit of the budget."""
+        return budget.cost(self.counts, self.found())
+
+    def metrics(self) -> dict[str, float]:
+        """For the log: the present widths (``bits/<layer>.<slot>``) and what they cost (``cost/<kind of budget>``)."""
+        return self.found().metrics() | cost_metrics(self.budgets, self.present_cost)
 
     # -- the end -----------------------------------------------------------------------------------------------
 

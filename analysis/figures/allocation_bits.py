@@ -1,7 +1,7 @@
 """Bits of each layer over depth: ``python -m analysis.figures.allocation_bits runs=GLOB [allocations=FILE,FILE]``.
 
-Weights above, inputs below, a bar for every allocation; equal ones share a bar. Runs that recorded their widths
-(``bits/<layer>.weight``, as searches log them) get a map of layers over training each.
+Weights above, inputs below, a line of numbers for every allocation; equal ones share a line. Runs that recorded their
+widths (``bits/<layer>.weight``, as searches log them) get a map of layers over training each.
 """
 
 from __future__ import annotations
@@ -11,24 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.collect import Row
 from analysis.columns import widths_from
-from analysis.figures.base import COLOURS, Drawn, NoData, figure_script, history, method, panels
+from analysis.figures.base import Drawn, NoData, figure_script, method, panels
+from analysis.figures.layers import BITS, WEIGHT, by_layer, name_layers, plot_map
 from analysis.rows import label
 from research.quant.allocation import SLOTS, Allocation
 from research.quant.recipe import FLOAT_BITS
 from research.runs.allocation import ALLOCATION, read_allocation
 
-HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo")
-PREFIX, SUFFIX = "bits/", ".weight"
-LEVELS = (1, 2, 4, 8, FLOAT_BITS)
 HEADER = ("allocation", "step", "layer", "slot", "bits")
-
-Trajectory = dict[str, list[tuple[int, float]]]
-"""``(optimizer steps done, bits)`` of the weights, by layer."""
 
 
 def allocation_of(row: Row) -> Allocation | None:
@@ -87,56 +80,22 @@ def gathered(rows: Sequence[Row], files: Sequence[str]) -> tuple[dict[str, Alloc
             for number, (allocation, called) in enumerate(chosen.items(), 1)}, network  # fmt: skip
 
 
-def trajectory(row: Row) -> Trajectory:
-    """The recorded widths of a run's weights; empty where it recorded none."""
-    names = [n for n in row["metrics"] if n.startswith(PREFIX) and n.endswith(SUFFIX)]
-    return {
-        name.removeprefix(PREFIX).removesuffix(SUFFIX): [(step, value) for step, _, value in history(row, name)]
-        for name in names
-    }
-
-
-def draw_bars(axis: Axes, allocations: Mapping[str, Allocation], slot: str, layers: Sequence[str]) -> None:
-    """Bars of one slot on a logarithmic axis; 0 bits have none."""
-    width = 0.8 / len(allocations)
-    for place, (name, allocation) in enumerate(allocations.items()):
-        positions = [index - 0.4 + (place + 0.5) * width for index in range(len(layers))]
-        heights = [getattr(allocation[layer], slot) or 0.5 for layer in layers]
-        axis.bar(
-            positions, heights, width, label=name, color=COLOURS[place], hatch=HATCHES[place], edgecolor="white",
-            linewidth=0,
-        )  # fmt: skip
-    axis.set_yscale("log", base=2)
-    axis.set_ylim(0.5, 1.3 * max(max(bits) for allocation in allocations.values() for bits in allocation.values()))
-    axis.yaxis.set_major_locator(FixedLocator(LEVELS))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_xlim(-0.6, len(layers) - 0.4)
-    axis.set_xticks(range(len(layers)), list(layers), rotation=90, fontsize=7)
-    axis.set_xlabel("layer, in order of depth")
+def draw_numbers(axis: Axes, allocations: Mapping[str, Allocation], slot: str, layers: Sequence[str]) -> None:
+    """The widths of one slot, a line for each allocation, a column for each layer, the darker the wider."""
+    widths = [[getattr(allocation[layer], slot) for layer in layers] for allocation in allocations.values()]
+    shades = [[min(bits, 8) / 8 for bits in line] for line in widths]
+    axis.imshow(shades, cmap="Greys", vmin=0, vmax=1.4, aspect="auto", interpolation="none")
+    for row, line in enumerate(widths):
+        for column, bits in enumerate(line):
+            dark = shades[row][column] > 0.7
+            axis.text(column, row, str(bits), ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axis.set_yticks(range(len(allocations)), list(allocations), fontsize=7)
     axis.set_ylabel(f"bits of the {slot}")
-
-
-def draw_map(axis: Axes, found: Trajectory, title: str) -> list[Patch]:
-    """Widths over training, a line of cells for each layer; the legend's handles."""
-    steps = sorted({step for values in found.values() for step, _ in values})
-    widths = sorted({bits for values in found.values() for _, bits in values})
-    greys = {bits: str(0.9 - 0.8 * index / max(len(widths) - 1, 1)) for index, bits in enumerate(widths)}
-    end = steps[-1] + (steps[-1] - steps[0]) / max(len(steps) - 1, 1)
-    for line, values in enumerate(found.values()):
-        bounds = [step for step, _ in values] + [end]
-        for (start, bits), stop in zip(values, bounds[1:], strict=True):
-            axis.barh(line, stop - start, 1.0, left=start, color=greys[bits])
-    axis.set_ylim(len(found) - 0.5, -0.5)
-    axis.set_yticks(range(len(found)), list(found), fontsize=min(7.0, 100 / len(found)))
-    axis.set_xlabel("optimizer steps")
-    axis.set_ylabel("layer")
-    axis.set_title(title)
-    return [Patch(color=grey, label=f"{bits:g} bits") for bits, grey in greys.items()]
+    name_layers(axis, layers)
 
 
 def draw(rows: Sequence[Row], allocations: str | Sequence[str] = ()) -> Drawn:
-    """Bars of all allocations of one network, and maps of the runs that recorded theirs.
+    """All allocations of one network in numbers, and maps of the runs that recorded theirs.
 
     Args:
         rows: of runs.
@@ -145,23 +104,19 @@ def draw(rows: Sequence[Row], allocations: str | Sequence[str] = ()) -> Drawn:
     files = [allocations] if isinstance(allocations, str) else list(allocations)
     files = [file for entry in files for file in entry.split(",")]
     found, network = gathered(rows, files)
-    if len(found) > len(COLOURS):
-        raise ValueError(f"runs= hold {len(found)} allocations ({', '.join(found)}): use {len(COLOURS)} at most")
     layers = list(next(iter(found.values())))
-    recorded = {label(row): trajectory(row) for row in rows if trajectory(row)}
-    figure, axes = panels(2 + len(recorded), 1, width=max(4.5, 0.32 * len(layers)), height=2.9)
+    recorded = [(row, widths) for row in rows if (widths := by_layer(row, BITS, WEIGHT))]
+    height = max(2.9, 1.3 + 0.2 * len(found))
+    figure, axes = panels(2 + len(recorded), 1, width=max(4.5, 0.32 * len(layers)), height=height)
     table: list[tuple[Any, ...]] = []
     for axis, slot in zip(axes, SLOTS, strict=False):
-        draw_bars(axis, found, slot, layers)
+        draw_numbers(axis, found, slot, layers)
         table += [(name, "", layer, slot, getattr(a[layer], slot)) for name, a in found.items() for layer in layers]
     axes[0].set_title(f"{network}: bits of each layer")
-    if len(found) > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    for axis, (name, values) in zip(axes[2:], recorded.items(), strict=True):
-        shades = draw_map(axis, values, name)
-        axis.legend(handles=shades, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        table += [(name, step, layer, "weight", bits) for layer, line in values.items() for step, bits in line]
+    for axis, (row, values) in zip(axes[2:], recorded, strict=True):
+        plot_map(axis, values)
+        axis.set_title(f"{method(row)}, {label(row)}")
+        table += [(label(row), step, layer, "weight", bits) for layer, line in values.items() for step, bits in line]
     return Drawn(figure, HEADER, table)
 
 

@@ -181,7 +181,7 @@ class BMPQ(BitSearch):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the widths and the bit gradients of the interval so far, in both norms."""
-        values = Allocation.of(self.module.net).metrics()
+        values = self.metrics()
         for norm in NORMS:
             found = zip(self.layers, self.enbg(norm).tolist(), strict=True)
             values |= {f"{self.slug}/enbg_{norm}/{name}": value for name, value in found}

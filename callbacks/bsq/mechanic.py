@@ -129,4 +129,4 @@ class BSQ(PlaneSearch):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the widths."""
-        pl_module.log_dict(Allocation.of(self.module.net).metrics())
+        pl_module.log_dict(self.metrics())

@@ -22,7 +22,7 @@ from research.learning.mechanic import Claim, Mechanic, ParameterGroup
 from research.learning.perturbation import average_over_processes
 from research.quant.allocation import Allocation
 from research.quant.batchnorm import reestimate_batchnorm, running_norms
-from research.quant.budget import Budget, Counts, budgets_from_config, require_budgets
+from research.quant.budget import Budget, Counts, budgets_from_config, cost_metrics, require_budgets
 from research.quant.calibrate import calibrate
 from research.quant.conv_bn import QuantConvBn2d
 from research.quant.layers import QuantLayer, quant_layers, quantizers
@@ -288,9 +288,17 @@ class Constrained(Mechanic):
             due = trainer.global_step >= round(self.select_at * self.module.progress.total)
             if due and not self.state.selected:
                 self._select()
-            pl_module.log_dict(Allocation.of(self.module.net).metrics())
+            present = Allocation.of(self.module.net)
+            costs = cost_metrics(self.budgets, lambda budget: budget.cost(self._costed, present))
+            pl_module.log_dict(present.metrics() | costs)
 
     # -- selection ---------------------------------------------------------------------------------------------
+
+    @property
+    def _costed(self) -> Counts:
+        """The counts, of a mechanic with a budget."""
+        assert self.counts is not None
+        return self.counts
 
     def _choices(self) -> dict[str, Any]:
         return candidates(Allocation.of(self.module.net), list(self.layers), self.high_bits) if self.selecting else {}
@@ -305,8 +313,7 @@ class Constrained(Mechanic):
         if self.keep is not None:
             found = largest(duals, choices, self.keep)
         else:
-            assert self.counts is not None
-            found = within(duals, choices, self.counts, self.budgets)
+            found = within(duals, choices, self._costed, self.budgets)
         before = Allocation.of(net)
         found.apply(net)
         changed = [

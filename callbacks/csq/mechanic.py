@@ -172,7 +172,7 @@ class CSQ(PlaneSearch):
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log widths, open planes, the temperature, and how far the weights are from their exact values."""
-        values = Allocation.of(self.module.net).metrics()
+        values = self.metrics()
         quantizers = self.quantizers
         values |= {f"csq/planes/{name}": float(each.opened().sum()) for name, each in quantizers.items()}
         values["csq/beta"] = float(next(iter(quantizers.values())).beta)

@@ -271,7 +271,7 @@ class DropBits(BitSearch):
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the widths in evaluation, the expected widths, and the mean noise in steps of the grid."""
-        values = Allocation.of(self.module.net).metrics()
+        values = self.metrics()
         if self.dropped:
             expected = {name: float(each.expected_bits) for name, each in self.dropped.items()}
             values |= {f"{self.slug}/expected/{name.removesuffix('_quantizer')}": b for name, b in expected.items()}

@@ -258,6 +258,10 @@ class EdgeMPQ(BitSearch):
         """What the widths of ``net``, this network or a copy, cost; with slices each at its own width."""
         return float(budget.cost_of(self.counts, present_layers(self.counts, net)))
 
+    def present_cost(self, budget: Budget) -> float:
+        """As of every search; with slices each at its own width."""
+        return self.cost(budget, self.module.net)
+
     def end(self) -> None:
         """Fix steps and ranges, coarser where a budget is not met."""
         net = self.module.net
@@ -295,8 +299,7 @@ class EdgeMPQ(BitSearch):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the widths, with slices their means too, and what they cost."""
-        values = self.found().metrics()
-        values |= {f"{self.slug}/{each.kind}": self.cost(each, self.module.net) for each in self.budgets}
+        values = self.metrics()
         if self.slices == "channel":
             for name, layer in self.layers.items():
                 assert layer.weight_quantizer is not None

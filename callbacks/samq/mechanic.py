@@ -288,7 +288,7 @@ class SAMQ(BitSearch):
                 found = self.train_policy(self.batches(epoch, self.policy_batches), self.rng(-2 - epoch))
                 pl_module.log_dict({f"{self.slug}/{name}": value for name, value in found.items()})
             self.use(self.policy.most_probable().tolist())
-        pl_module.log_dict(self.found().metrics())
+        pl_module.log_dict(self.metrics())
 
     def state_dict(self) -> dict[str, Any]:
         """The policy, its optimizer, and how far they are."""

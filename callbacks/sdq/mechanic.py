@@ -260,7 +260,7 @@ class SDQ(BitSearch):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the widths in evaluation and the probabilities."""
-        values = Allocation.of(self.module.net).metrics()
+        values = self.metrics()
         if not bool(self.state.over):
             betas = {name: float(coin.certainty.detach()) for name, coin in self.coins.items()}
             values |= {f"{self.slug}/beta/{name}": beta for name, beta in betas.items()}

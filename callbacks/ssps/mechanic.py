@@ -330,7 +330,7 @@ class SSPS(BitSearch):
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the widths in evaluation; while cells are open, how certain they are and the expected cost."""
-        values = Allocation.of(self.module.net).metrics()
+        values = self.metrics()
         if not self.over:
             p = {name: cell.probabilities.tolist() for name, cell in self.cells.items()}
             values |= {f"ssps/certainty/{name}": certainty(each, self.certainty) for name, each in p.items()}

@@ -7,7 +7,7 @@ The costs are those of `research.quant.cost`; what counts, the first and the las
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -239,3 +239,12 @@ def require_budgets(budgets: Sequence[Budget], counts: Counts, allocation: Alloc
             raise ValueError(
                 f"{budget.key}.value={budget.value:.12g}: the widths cost {cost:.12g} {UNITS[budget.kind]}"
             )
+
+
+def cost_metrics(budgets: Sequence[Budget], cost: Callable[[Budget], float]) -> dict[str, float]:
+    """Costs by the name under which a search logs them: ``cost/<kind>``, a second one of a kind ``cost/<kind>_2``."""
+    values: dict[str, float] = {}
+    for number, budget in enumerate(budgets):
+        alike = sum(other.kind == budget.kind for other in budgets[:number])
+        values[f"cost/{budget.kind}{f'_{alike + 1}' if alike else ''}"] = cost(budget)
+    return values

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from analysis.figures import __main__ as everything
-from analysis.figures import lsq_grids, oscillation_toy
+from analysis.figures import catalogue, lsq_grids, oscillation_toy
 from analysis.figures.base import RECORDS, NoData, by_label, figure_script, find, panels, save, styles
 from analysis.figures.dir_net_entropy import entropy
 from analysis.figures.ewgs_gradient_scale import gradient_scale
@@ -95,6 +95,14 @@ def test_all_of_a_slug_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".pdf", ".png"]
     with pytest.raises(ValueError, match="only=nothing: no figure begins so"):
         everything.main(str(ROOT / RECORDS), str(tmp_path), "nothing")
+
+
+def test_the_page_of_figures_is_what_their_docstrings_say(tmp_path: Path) -> None:
+    catalogue.main(str(tmp_path / "figures.md"))
+    text = (tmp_path / "figures.md").read_text()
+    assert text == (ROOT / "docs/figures.md").read_text(), "make results writes it anew"
+    assert text.count("\n## ") == len(everything.names())
+    assert all(f"`python -m analysis.figures.{name}" in text for name in everything.names())
 
 
 def test_figures_without_data_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,7 @@ def test_a_search_ends_within_its_budget_and_leaves_its_allocation(quantizer: An
     assert bool(mechanic.state.selected) and (mechanic.state.final_duals > 0).all()
     assert read_allocation(folder.path / "allocation.yaml") == found
     assert trainer.logged_metrics["bits/layer3.0.conv1.weight"] == found["layer3.0.conv1"].weight
+    assert float(trainer.logged_metrics["cost/average_bits"]) == pytest.approx(budget.cost(mechanic.counts, found))
     for _, layer in quant_layers(module.net):
         assert layer.weight_quantizer is not None and bool(layer.weight_quantizer.initialised)
 

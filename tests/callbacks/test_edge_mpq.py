@@ -305,7 +305,7 @@ def test_metrics_name_widths_and_costs() -> None:
     logged = {name: float(value) for name, value in fit(module, max_epochs=1).callback_metrics.items()}
     mechanic, found = only_mechanic(module, EdgeMPQ), widest(module.net).metrics()
     assert {name: logged[name] for name in found} == found
-    assert logged["edge_mpq/average_bits"] <= 3 and logged["edge_mpq/activation_memory"] <= 3 * 1088
+    assert logged["cost/average_bits"] <= 3 and logged["cost/activation_memory"] <= 3 * 1088
     for name, layer in mechanic.layers.items():
         assert layer.weight_quantizer is not None
         assert logged[f"edge_mpq/mean_bits/{name}"] == pytest.approx(float(layer.weight_quantizer.bits.mean()))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from callbacks.bit_search import BitSearch
 from callbacks.csq.search import PlaneSearch
 from callbacks.sdq import quantizer as sdq_quantizer
 from callbacks.sdq.formulas import share_of_higher
@@ -69,6 +70,16 @@ def test_both_evaluations_of_sam_have_the_widths_of_one_draw(monkeypatch: pytest
     steps = torch.stack(drawn).detach().reshape(6, 2, 6)  # by evaluation and layer
     assert torch.equal(steps[:, 0], steps[:, 1])
     assert 0 < float(steps.mean()) < 1
+
+
+@pytest.mark.parametrize("slug", CHOICES)
+def test_the_cost_of_the_present_widths_is_logged(slug: str) -> None:
+    module = on_residual(CHOICES[slug][0], {**RECIPE, **SRQ_ENDS} if slug == "drop_bits" else None)
+    logged = fit(module, max_epochs=1).callback_metrics
+    search = only_mechanic(module, BitSearch)  # type: ignore[type-abstract]
+    (budget,) = search.budgets
+    cost = budget.cost(search.counts, Allocation.of(module.net))
+    assert cost <= budget.value and float(logged["cost/average_bits"]) == pytest.approx(cost)
 
 
 @pytest.mark.parametrize("mechanics", [bsq, csq], ids=["bsq", "csq"])

@@ -8,7 +8,7 @@ import torch
 
 from research.models import resnet20
 from research.quant.allocation import Allocation, LayerBits
-from research.quant.budget import Budget, Counts, budgets_from_config, require_budgets
+from research.quant.budget import Budget, Counts, budgets_from_config, cost_metrics, require_budgets
 from research.quant.cost import LayerCost
 from research.quant.cost_convention import CostConvention
 
@@ -114,6 +114,13 @@ def test_a_finished_search_is_held_against_its_budgets():
         require_budgets([Budget("size", 1077631)], counts(), alike(4))
     with pytest.raises(ValueError, match=r"^allocation\.0: the network has no such layer"):
         Budget("size", 1).met(counts(), Allocation({"0": (4, 4)}))
+
+
+def test_costs_are_logged_by_their_kind():
+    budgets = [Budget("average_bits", 3), Budget("size", 1e6), Budget("average_bits", 4)]
+    assert cost_metrics(budgets, lambda budget: 2 * budget.value) == {
+        "cost/average_bits": 6, "cost/size": 2e6, "cost/average_bits_2": 8,
+    }  # fmt: skip
 
 
 def test_from_the_configuration():
