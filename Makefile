@@ -41,10 +41,10 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 		within=model,data,epochs baseline=method=float difference=accuracy,ptq_5,ptq_4
 	$(TABLES) 'runs=$(RECORDS)/three_epochs/*' output=docs/results/three_epochs.md 'title=Three epochs of everything' \
 		preface=analysis/prefaces/three_epochs.md
-	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3*/*,$(RECORDS)/allocation_retrained/*' output=docs/results/bits_per_layer.md \
-		'title=Bits per layer on CIFAR-10' preface=analysis/prefaces/bits_per_layer.md \
-		standard=experiment,method,seeds,epochs,accuracy,size_kib,gbops,hardware,minutes columns=widths_from,weight_bits \
-		within=model,data,epochs baseline=lsq_resnet20_cifar10_w3a3 difference=accuracy
+	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3/*,$(RECORDS)/lsq_resnet20_cifar10_w[234]a[234]/*,$(RECORDS)/allocation_retrained/*' \
+		output=docs/results/bits_per_layer.md 'title=Bits per layer on CIFAR-10' preface=analysis/prefaces/bits_per_layer.md \
+		standard=experiment,widths_from,method,seeds,epochs,weight_bits,accuracy,size_kib,gbops,hardware,minutes \
+		where=epochs=10 within=model,data baseline=method=lsq,widths_from=recipe difference=accuracy at_equal=size_kib,gbops
 	$(TABLES) 'runs=$(RECORDS)/allocation_three_epochs/*' output=docs/results/bits_three_epochs.md \
 		'title=Bits per layer, three epochs' preface=analysis/prefaces/bits_three_epochs.md columns=weight_bits,changes
 	$(TABLES) 'runs=$(RECORDS)/sweep_lsq_recipe/*' output=docs/results/lsq_recipe.md 'title=LSQ recipe at two bits' \

@@ -1,9 +1,12 @@
-"""Comparisons in a result table: the best mean of each block, Welch's test and the difference against a baseline."""
+"""Comparisons in a result table: the best mean of each block, Welch's test, and differences from a baseline or from
+the line that several baselines make over a cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from analysis.cells import Cell, cell
 from analysis.columns import FOUR_DIGITS, Column, columns, split_names
@@ -60,42 +63,83 @@ def difference(column: Column, reference: Group = ()) -> Column:
     values = {row["seed"]: column.value(row) for row in reference}
 
     def less(row: Row) -> float | None:
-        numbers = column.value(row), values.get(row["seed"])
-        known = all(isinstance(number, int | float) for number in numbers)
-        return numbers[0] - numbers[1] if known else None  # type: ignore[operator]
+        number, other = column.value(row), values.get(row["seed"])
+        return number - other if _numbers(number, other) else None
 
-    number = f"+{column.number}" if column.number and column.number != FOUR_DIGITS else FOUR_DIGITS
-    return Column(f"{column.name} difference", f"Δ {column.title}", less, number, column.factor)
+    return Column(f"{column.name} difference", f"Δ {column.title}", less, _signed(column), column.factor)
 
 
-def baseline_of(groups: Sequence[Group], baseline: str, block: str, within: str) -> int | None:
-    """Position of the baseline among the groups of a block; None where the block has none.
+def along(column: Column, cost: Column, line: Sequence[Group] = ()) -> Column:
+    """The column of a number less that of the baselines at the same cost, by linear interpolation between those runs
+    of the same seed; None beyond their costs, and where no run has the seed.
+
+    Args:
+        column: of the number.
+        cost: of the cost.
+        line: the baselines' runs.
+    """
+    points: dict[int, list[tuple[float, float]]] = {}
+    for row in (row for group in line for row in group):
+        if _numbers(cost.value(row), column.value(row)):
+            points.setdefault(row["seed"], []).append((cost.value(row), column.value(row)))
+
+    def less(row: Row) -> float | None:
+        costs, values = zip(*sorted(points.get(row["seed"], [(np.inf, np.inf)])), strict=True)
+        here, number = cost.value(row), column.value(row)
+        if not _numbers(here, number) or not costs[0] <= here <= costs[-1]:
+            return None
+        return float(number - np.interp(here, costs, values))
+
+    title = f"Δ {column.title} at equal {cost.title}"
+    return Column(f"{column.name} difference at {cost.name}", title, less, _signed(column), column.factor)
+
+
+def _numbers(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _signed(column: Column) -> str:
+    return f"+{column.number}" if column.number and column.number != FOUR_DIGITS else FOUR_DIGITS
+
+
+def differences(column: Column, costs: Sequence[Column], references: Sequence[Group] = ()) -> list[Column]:
+    """The columns that follow a number: its difference from the baseline, or from their line over each cost."""
+    if costs:
+        return [along(column, cost, references) for cost in costs]
+    return [difference(column, references[0] if references else ())]
+
+
+def baselines_of(groups: Sequence[Group], baseline: str, block: str, within: str, several: bool) -> list[int]:
+    """Positions of the baselines among the groups of a block; empty where the block has none.
 
     Args:
         groups: the groups of the block.
         baseline: a method or experiment, or ``column=value`` pairs separated by commas.
         block: what the block shares, for the message.
         within: what makes blocks, for the message.
+        several: whether there may be more than one.
 
     Raises:
-        ValueError: several groups of the block fit.
+        ValueError: several groups of the block fit, and only one may.
     """
-    fitting = [position for position, group in enumerate(groups) if _is(group, baseline)]
-    if len(fitting) > 1:
+    fitting = [position for position, group in enumerate(groups) if fits(group, baseline)]
+    if len(fitting) > 1 and not several:
         raise ValueError(
             f"baseline={baseline}: {len(fitting)} rows fit among {block}; say more, such as "
             f"baseline='method=lsq,optimizer.lr=0.01', or add to within={within} what they differ in"
         )
-    return fitting[0] if fitting else None
+    return fitting
 
 
-def _is(group: Group, baseline: str) -> bool:
+def fits(group: Group, wanted: str) -> bool:
+    """Whether a group has a method or experiment, or the values of ``column=value`` pairs separated by commas."""
+
     def written(column: Column) -> str:
         return cell(group, column).written()[0]
 
-    if "=" not in baseline:
-        return baseline in {written(column) for column in columns(("method", "experiment"), group)}
-    pairs = [pair.partition("=") for pair in split_names(baseline)]
+    if "=" not in wanted:
+        return wanted in {written(column) for column in columns(("method", "experiment"), group)}
+    pairs = [pair.partition("=") for pair in split_names(wanted)]
     return all(written(_column(name, group)) == value for name, _, value in pairs)
 
 

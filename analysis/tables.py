@@ -9,8 +9,8 @@ from pathlib import Path
 from analysis.cells import cell
 from analysis.cli import REQUIRED, script
 from analysis.collect import Row, collect
-from analysis.columns import STANDARD, columns, split_names
-from analysis.comparison import WITHIN, baseline_of, blocks, difference, mark_best, mark_significance
+from analysis.columns import STANDARD, Column, columns, split_names
+from analysis.comparison import WITHIN, baselines_of, blocks, differences, fits, mark_best, mark_significance
 from analysis.formats import FORMATS, Table, comma_separated, latex, markdown
 from analysis.measured_tables import measured_table
 from analysis.significance import LEVEL
@@ -37,7 +37,9 @@ def result_table(
     baseline: str | None = None,
     within: str = WITHIN,
     level: float = LEVEL,
-    differences: Sequence[str] = (),
+    compared: Sequence[str] = (),
+    at_equal: Sequence[str] = (),
+    where: str | None = None,
 ) -> Table:
     """The table of the runs, one line per group of seeds.
 
@@ -50,61 +52,84 @@ def result_table(
             ``best`` or else the accuracy.
         within: columns that make the blocks.
         level: p-values below it are marked.
-        differences: columns that are followed by their difference from the baseline, seed by seed.
+        compared: columns that are followed by their difference from the baseline, seed by seed.
+        at_equal: columns of costs, at whose equal values the difference is taken: the baseline is then the line
+            through all that fit, and nothing is tested.
+        where: the only rows shown: of a method or experiment, or ``column=value`` pairs.
 
     Raises:
-        ValueError: an unknown column, a baseline that is not there or not unique, or differences without a baseline.
+        ValueError: an unknown column, a baseline that is not there or not unique, differences without a baseline, or no
+            row left.
     """
-    groups = grouped(rows)
+    groups = [group for group in grouped(rows) if where is None or fits(group, where)]
+    if not groups:
+        raise ValueError(f"where={where}: no row; give a method or experiment of the table, or COLUMN=VALUE")
+    rows = [row for group in groups for row in group]
     shown = columns([*standard, *further], rows)
     smallest = {name.removeprefix("-"): name.startswith("-") for name in best}
-    known = [column.name for column in shown]
-    for option, name in [*(("best", name) for name in smallest), *(("difference", name) for name in differences)]:
-        if name not in known:
-            raise ValueError(
-                f"{option}={name}: no column of this table; use one of {', '.join(known)}, or add columns="
-            )
-    if differences and not baseline:
-        raise ValueError(f"difference={','.join(differences)}: from what? Give baseline= as well")
-    shown = [one for c in shown for one in ((c, difference(c)) if c.name in differences else (c,))]
+    _require(shown, baseline, {"best": list(smallest), "difference": compared, "at_equal": at_equal})
+    costs = [column for column in shown if column.name in at_equal]
+    shown = [one for c in shown for one in ((c, *differences(c, costs)) if c.name in compared else (c,))]
     names = [column.name for column in shown]
     lines = [[cell(group, column) for column in shown] for group in groups]
-    compared, references = blocks(groups, within), 0
-    for block, positions in compared if best or baseline else ():
-        reference = baseline_of([groups[p] for p in positions], baseline, block, within) if baseline else None
-        references += reference is not None
-        for name in smallest or {"accuracy": False}:
-            if name not in names:
-                continue
+    found = False
+    for block, positions in blocks(groups, within) if best or baseline else ():
+        members = [groups[p] for p in positions]
+        fitting = baselines_of(members, baseline, block, within, several=bool(at_equal)) if baseline else []
+        found = found or bool(fitting)
+        for name in [name for name in smallest or ("accuracy",) if name in names]:
             column = names.index(name)
             cells = [lines[p][column] for p in positions]
             cells = mark_best(cells, smallest[name]) if name in smallest else cells
-            cells = cells if reference is None else mark_significance(cells, reference)
+            cells = mark_significance(cells, fitting[0]) if fitting and not at_equal else cells
             for position, marked in zip(positions, cells, strict=True):
                 lines[position][column] = marked
-        for name in differences if reference is not None else ():
-            less = difference(shown[names.index(name)], groups[positions[reference]])
-            for position in positions[:reference] + positions[reference + 1 :]:
-                lines[position][names.index(less.name)] = cell(groups[position], less)
-    if baseline and not references:
+        for name in compared if fitting else ():
+            for less in differences(shown[names.index(name)], costs, [members[p] for p in fitting]):
+                for place, position in enumerate(positions):
+                    if place not in fitting:
+                        lines[position][names.index(less.name)] = cell(groups[position], less)
+    if baseline and not found:
         raise ValueError(f"baseline={baseline}: no row; give a method or experiment of the table, or COLUMN=VALUE")
     table = Table([column.title for column in shown], lines, level=level)
-    table.notes = _notes(table, baseline, bool(best), bool(differences), within)
+    table.notes = _notes(table, baseline, bool(best), bool(compared), [cost.title for cost in costs], within)
     return table
 
 
-def _notes(table: Table, baseline: str | None, best: bool, differences: bool, within: str) -> list[str]:
+def _require(shown: Sequence[Column], baseline: str | None, asked: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError where a comparison is asked for (columns by option) that the table cannot make."""
+    known = [column.name for column in shown]
+    for option, names in asked.items():
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"{option}={name}: no column of this table; use one of {', '.join(known)}, or add columns="
+                )
+    if asked["at_equal"] and not asked["difference"]:
+        raise ValueError(f"at_equal={','.join(asked['at_equal'])}: which difference? Give difference= as well")
+    if asked["difference"] and not baseline:
+        raise ValueError(f"difference={','.join(asked['difference'])}: from what? Give baseline= as well")
+
+
+def _notes(
+    table: Table, baseline: str | None, best: bool, differences: bool, costs: Sequence[str], within: str
+) -> list[str]:
     """What the marks of a table mean."""
-    notes = []
+    notes, alike = [], within.replace(",", ", ")
     if best:
-        notes.append(f"**Bold**: the best mean among rows of equal {within.replace(',', ', ')}.")
-    if baseline:
+        notes.append(f"**Bold**: the best mean among rows of equal {alike}.")
+    if baseline and not costs:
         notes.append(
-            f"↑ ↓: above or below the baseline `{baseline}` of equal {within.replace(',', ', ')}: Welch's two-sided "
+            f"↑ ↓: above or below the baseline `{baseline}` of equal {alike}: Welch's two-sided "
             f"t-test over seeds, p < {table.level:g}, not corrected for the number of comparisons; a mean of one seed "
             "is not tested."
         )
-    if differences:
+    if costs:
+        notes.append(
+            f"Δ at equal {' or '.join(costs)}: the number less that of the rows with `{baseline}` of equal {alike} at "
+            "that cost, on the straight line between the two nearest ones, seed by seed; – beyond the ends of the line."
+        )
+    elif differences:
         notes.append("Δ: the number less that of the baseline's run with the same seed.")
     if any(not cell.converged for line in table.lines for cell in line):
         notes.append("~: an estimate that has not converged.")
@@ -131,6 +156,8 @@ def main(
     best: str | None = None,
     baseline: str | None = None,
     difference: str | None = None,
+    at_equal: str | None = None,
+    where: str | None = None,
     within: str = WITHIN,
     level: float = LEVEL,
     format: str | None = None,  # noqa: A002  (the word on the command line)
@@ -150,6 +177,9 @@ def main(
         best: columns whose best mean is set in bold, ``-NAME`` where the smallest is best.
         baseline: method, experiment or ``COLUMN=VALUE`` that all else is tested against by Welch's t-test.
         difference: columns that are followed by their difference from the baseline.
+        at_equal: columns of costs (``gbops``, ``size_kib``): the difference is taken at equal cost, from the line
+            through all rows that ``baseline`` fits.
+        where: the only rows that are shown: a method, an experiment or ``COLUMN=VALUE`` pairs, such as ``epochs=10``.
         within: bold and tests compare rows that agree in these columns.
         level: p-values below it are marked.
         format: markdown, latex or csv; None goes by the suffix of ``output``.
@@ -164,13 +194,14 @@ def main(
         chosen = {"standard": split_names(standard)} if standard else {}
         table = result_table(
             collect(runs), split_names(columns), best=split_names(best), baseline=baseline, within=within,
-            level=level, differences=split_names(difference), **chosen,
+            level=level, compared=split_names(difference), at_equal=split_names(at_equal), where=where,
+            **chosen,
         )  # fmt: skip
     if output is None:
         print({"markdown": markdown(table), "latex": latex(table, title), "csv": comma_separated(table)}[form].rstrip())
         return
     options = {"columns": columns, "measured": measured, "standard": standard, "best": best, "baseline": baseline}
-    options |= {"difference": difference}
+    options |= {"difference": difference, "at_equal": at_equal, "where": where}
     options |= {"within": within if within != WITHIN else None, "level": f"{level:g}" if level != LEVEL else None}
     command = command_line("analysis.tables", runs, options)
     atomic_write_text(Path(output), page(table, form, title, preface_text(preface), command))
@@ -200,6 +231,7 @@ def command_line(module: str, runs: str, options: Mapping[str, str | None]) -> s
 if __name__ == "__main__":
     DEFAULTS = {
         "output": None, "title": "Results", "preface": None, "columns": None, "measured": None, "standard": None,
-        "best": None, "baseline": None, "difference": None, "within": WITHIN, "level": LEVEL, "format": None,
+        "best": None, "baseline": None, "difference": None, "at_equal": None, "within": WITHIN, "level": LEVEL,
+        "format": None, "where": None,
     }  # fmt: skip
     script(main, {"runs": REQUIRED, **DEFAULTS})

@@ -54,6 +54,14 @@ def write_run(
     return folder
 
 
+def sweep_of_two(root: Path) -> None:
+    """LSQ and LSQ with SAM at two learning rates, three seeds; SAM is better at the first rate only."""
+    for seed in range(3):
+        for lr, gain in ((0.1, 0.05), (0.2, 0.0)):
+            write_run(root, 0.80 + 0.01 * seed, seed=seed, lr=lr)
+            write_run(root, 0.80 + 0.01 * seed + gain, seed=seed, lr=lr, callbacks={"sam": {"rho": 0.1}})
+
+
 def keep_measurement(folder: RunFolder, kind: str, settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """A measurement of the run, kept as analysis keeps it."""
     folder.final.write_bytes(b"weights")

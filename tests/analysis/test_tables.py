@@ -28,7 +28,7 @@ from research.runs.allocation import ALLOCATION
 from research.runs.folder import RunFolder
 from research.runs.ptq import write_ptq
 from research.runs.records import MetricsRecord, write_config, write_json, write_summary
-from tests.analysis.run_folders import keep_measurement, write_run
+from tests.analysis.run_folders import keep_measurement, sweep_of_two, write_run
 
 ROW = {
     "name": "final", "float_accuracy": 0.9, "accuracy": 0.8, "deployed_accuracy": 0.801, "size_kib": 66.3,
@@ -153,7 +153,13 @@ def test_result_pages_are_what_the_records_generate(page: Path) -> None:
     if "measured" in given:
         assert markdown(measured_table(rows, given["measured"])) in page.read_text()
         return
-    lists = {"columns": "further", "standard": "standard", "best": "best", "difference": "differences"}
+    lists = {
+        "columns": "further",
+        "standard": "standard",
+        "best": "best",
+        "difference": "compared",
+        "at_equal": "at_equal",
+    }
     options = {lists.get(key, key): split_names(value) if key in lists else value for key, value in given.items()}
     assert markdown(tables.result_table(rows, **options)) in page.read_text()
 
@@ -242,71 +248,6 @@ def test_measurements_of_one_kind_in_place_of_runs(tmp_path: Path, capsys: pytes
     assert lines[-1] == "~: an estimate that has not converged."
     with pytest.raises(ValueError, match="measured=sharpness: the runs have no such measurements; use curvature"):
         tables.main(f"{tmp_path}/*/*", measured="sharpness")
-
-
-def sweep_of_two(root: Path) -> None:
-    """LSQ and LSQ with SAM at two learning rates, three seeds; SAM is better at the first rate only."""
-    for seed in range(3):
-        for lr, gain in ((0.1, 0.05), (0.2, 0.0)):
-            write_run(root, 0.80 + 0.01 * seed, seed=seed, lr=lr)
-            write_run(root, 0.80 + 0.01 * seed + gain, seed=seed, lr=lr, callbacks={"sam": {"rho": 0.1}})
-
-
-def test_best_means_are_bold_and_tested_against_the_baseline_of_their_block(tmp_path: Path) -> None:
-    sweep_of_two(tmp_path)
-    options: dict[str, Any] = {"standard": ["method", "optimizer.lr", "accuracy", "val/loss"], "best": ["accuracy"]}
-    found = shown(tmp_path, **options, baseline="lsq", within="optimizer.lr")
-    assert sorted(found) == [
-        ["lsq", "0.1", "81.00 ± 1.00", "0 ± 0"],
-        ["lsq", "0.2", "**81.00 ± 1.00**", "0 ± 0"],
-        ["lsq+sam", "0.1", "**86.00 ± 1.00** ↑", "0 ± 0"],
-        ["lsq+sam", "0.2", "**81.00 ± 1.00**", "0 ± 0"],
-    ]
-    by_setting = shown(tmp_path, **options, baseline="method=lsq+sam,optimizer.lr=0.1")
-    assert [line[2] for line in sorted(by_setting)] == [
-        "81.00 ± 1.00 ↓", "81.00 ± 1.00 ↓", "**86.00 ± 1.00**", "81.00 ± 1.00 ↓"
-    ]  # fmt: skip
-    assert not [
-        line
-        for line in shown(tmp_path, **options, baseline="lsq", within="optimizer.lr", level=1e-6)
-        if "↑" in str(line)
-    ]
-    with pytest.raises(ValueError, match=r"^baseline=lsq: 2 rows fit among resnet8, embedded, 4/4, 3; say more"):
-        shown(tmp_path, **options, baseline="lsq")
-    with pytest.raises(ValueError, match="^baseline=hero: no row"):
-        shown(tmp_path, **options, baseline="hero")
-    smallest = shown(tmp_path, standard=["accuracy"], best=["-accuracy"])
-    assert sorted(line[0] for line in smallest) == ["**81.00 ± 1.00**"] * 3 + ["86.00 ± 1.00"]
-
-
-def test_differences_from_the_baseline_seed_by_seed(tmp_path: Path) -> None:
-    for seed, (plain, sam) in enumerate(((0.80, 0.83), (0.82, 0.84), (None, 0.90))):
-        if plain:
-            write_run(tmp_path, plain, seed=seed)
-        write_run(tmp_path, sam, seed=seed, callbacks={"sam": {"rho": 0.1}})
-    options: dict[str, Any] = {"standard": ["method", "accuracy"], "baseline": "lsq", "differences": ["accuracy"]}
-    lines = sorted(shown(tmp_path, **options))
-    assert lines == [["lsq", "81.00 ± 1.41", "–"], ["lsq+sam", "85.67 ± 3.79", "+2.50 ± 0.71 (n=2)"]]
-    other = tmp_path / "another block"
-    write_run(other, 0.5, lr=0.7)
-    write_run(other, 0.4, callbacks={"hero": {"gamma": 1}})
-    apart = shown(other, **options, within="optimizer.lr")
-    assert sorted(apart) == [["lsq", "50.00", "–"], ["lsq+hero", "40.00", "–"]], "no baseline in the block, none told"
-    with pytest.raises(ValueError, match=r"^difference=accuracy: from what\? Give baseline= as well"):
-        shown(tmp_path, standard=["accuracy"], differences=["accuracy"])
-    with pytest.raises(ValueError, match="^difference=val/loss: no column of this table; use one of method, accuracy,"):
-        shown(tmp_path, **options | {"differences": ["val/loss"]})
-
-
-def test_one_seed_is_never_tested_and_the_notes_say_what_marks_mean(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        write_run(tmp_path, 0.5 + 0.01 * seed, seed=seed)
-    write_run(tmp_path, 0.9, callbacks={"sam": {"rho": 0.1}})
-    table = tables.result_table(collect(f"{tmp_path}/*/*"), best=["accuracy"], baseline="lsq")
-    text = markdown(table)
-    assert "| **90.00** |" in text and "**Bold**: the best mean among rows of equal model, data, bits, epochs." in text
-    assert "below the baseline `lsq` of equal model, data, bits, epochs: Welch's two-sided t-test" in text
-    assert "p < 0.05" in text and not [line for line in text.splitlines() if line.startswith("|") and "↑" in line]
 
 
 def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
