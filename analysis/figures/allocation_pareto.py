@@ -7,6 +7,7 @@ networks of uniform width are the baseline, and what no other network beats in b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from statistics import mean
 from typing import Any
 
@@ -73,13 +74,14 @@ def draw(rows: Sequence[Row], costs: str = "bops,size_kib") -> Drawn:
     for cost in names:
         if cost not in COSTS:
             raise ValueError(f"costs={cost}: use some of {', '.join(COSTS)}")
-    figure, axes = panels(1, len(names))
+    found = [series(rows, cost) for cost in names]
+    figure, axes = panels(1, len(names), width=4.2, height=2.8 + 0.18 * ceil(len(found[0]) / 4))
     table: list[tuple[Any, ...]] = []
-    for axis, cost in zip(axes, names, strict=True):
-        methods = series(rows, cost)
+    for axis, cost, methods in zip(axes, names, found, strict=True):
         every = [point for points in methods.values() for point in points]
         for place, (name, points) in enumerate(methods.items()):
-            look = {"color": COLOURS[place % 7], "linestyle": LINES[place % 7], "marker": MARKERS[place % 7]}
+            turn, kind = divmod(place, len(COLOURS))  # every turn pairs the colours with other markers
+            look = {"color": COLOURS[kind], "linestyle": LINES[kind], "marker": MARKERS[(kind + turn) % len(MARKERS)]}
             x, y = [point[1] for point in points], [mean(point[2]) for point in points]
             low, high = [min(point[2]) for point in points], [max(point[2]) for point in points]
             axis.plot(x, y, label=name, **look)
