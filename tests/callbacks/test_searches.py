@@ -77,7 +77,7 @@ def test_the_cost_of_the_present_widths_is_logged(slug: str) -> None:
     module = on_residual(CHOICES[slug][0], {**RECIPE, **SRQ_ENDS} if slug == "drop_bits" else None)
     logged = fit(module, max_epochs=1).callback_metrics
     search = only_mechanic(module, BitSearch)  # type: ignore[type-abstract]
-    (budget,) = search.budgets
+    budget = search.budgets[0]
     cost = budget.cost(search.counts, Allocation.of(module.net))
     assert cost <= budget.value and float(logged["cost/average_bits"]) == pytest.approx(cost)
 
