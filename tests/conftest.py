@@ -51,3 +51,8 @@ def checkpoints_dir() -> Path:
     if not path.is_dir():
         pytest.skip("no float checkpoints: set FLATBIT_CHECKPOINTS to their folder")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test, the README's commands: behind all others one worker waited minutes for it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
