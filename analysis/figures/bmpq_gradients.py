@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, figure_script, method, option, panels
-from analysis.figures.layers import BITS, WEIGHT, by_layer, logged, name_layers, plot_map, table_of
+from analysis.figures.base import Drawn, figure_script, option, panels
+from analysis.figures.layers import by_layer, heading, logged, name_layers, plot_map, searched_widths, table_of
 
 SLUG = "bmpq"
 NORMS = ("raw", "per_bit")
@@ -44,9 +44,9 @@ def draw(rows: Sequence[Row], norm: str = "") -> Drawn:
     left.set_yscale("log")
     name_layers(left, list(found))
     left.set_ylabel(f"normalised bit gradient ({norm})")
-    left.set_title(f"{method(row)}, {row['model']}, {row['data']}")
+    left.set_title(heading(row))
     left.legend()
-    widths = {name: values for name, values in by_layer(row, BITS, WEIGHT).items() if name in found}
+    widths = searched_widths(row, found)
     plot_map(right, widths)
     table: list[tuple[Any, ...]] = [*table_of(found, f"enbg_{norm}"), *table_of(widths, "bits")]
     return Drawn(figure, ("quantity", "layer", "step", "value"), table)

@@ -12,7 +12,7 @@ from typing import Any
 
 from analysis.collect import Row
 from analysis.figures.base import Drawn, by_label, figure_script, method, panels
-from analysis.figures.layers import BITS, WEIGHT, by_layer, logged, name_layers, plot_layers, table_of
+from analysis.figures.layers import BITS, WEIGHT, by_layer, heading, logged, name_layers, plot_layers, table_of
 
 SLUG = "constrained"
 PREFIX = f"{SLUG}/dual/"
@@ -29,7 +29,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
     figure, (left, right) = panels(1, 2, width=4.6, height=3.4)
     plot_layers(left, duals[0])
     left.set_ylabel("dual variable")
-    left.set_title(f"{method(seeds[0])}, {seeds[0]['model']}, {seeds[0]['data']}")
+    left.set_title(heading(seeds[0]))
     widths = by_layer(seeds[0], BITS, WEIGHT)
     table: list[tuple[Any, ...]] = []
     for place, layer in enumerate(duals[0]):

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, by_label, curve, figure_script, method, option, panels, plot_curve, styles
-from analysis.figures.layers import logged, plot_layers, table_of
+from analysis.figures.base import Drawn, by_label, curve, figure_script, option, panels, plot_curve, styles
+from analysis.figures.layers import heading, logged, plot_layers, table_of
+from research.quant.budget import budgets_from_config
 
 SLUG = "csq"
 
 
 def _budget(row: Row) -> str:
     """The first budget of a run in words."""
-    budget = option(row, SLUG, "budget")
-    first = budget[0] if isinstance(budget, list) else budget
-    return f"{first['kind']} {first['value']:g}"
+    first = budgets_from_config(option(row, SLUG, "budget"))[0]
+    return f"{first.kind} {first.value:g}"
 
 
 def draw(rows: Sequence[Row]) -> Drawn:
@@ -31,7 +31,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
     figure, (left, right) = panels(1, 2, width=4.6)
     plot_layers(left, planes)
     left.set_ylabel("open planes")
-    left.set_title(f"{method(row)}, {row['model']}, {row['data']}, {_budget(row)}")
+    left.set_title(f"{heading(row)}, {_budget(row)}")
     table: list[tuple[Any, ...]] = list(table_of(planes, "planes"))
     for name, look in styles(groups).items():
         found = curve(groups[name], f"{SLUG}/distance", steps=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from analysis.collect import Row
-from analysis.figures.base import NoData, history
+from analysis.figures.base import NoData, history, method
 
 BITS, WEIGHT = "bits/", ".weight"
 """``bits/<layer>.weight`` is the width of a weight, as searches log it."""
@@ -37,6 +37,16 @@ def logged(rows: Sequence[Row], prefix: str, suffix: str = "") -> tuple[Row, Tra
         if found := by_layer(row, prefix, suffix):
             return row, found
     raise NoData(f"no run of callbacks=[{prefix.partition('/')[0]}] that logged {prefix}LAYER{suffix}")
+
+
+def searched_widths(row: Row, layers: Collection[str]) -> Trajectories:
+    """The widths of these layers' weights over training."""
+    return {name: values for name, values in by_layer(row, BITS, WEIGHT).items() if name in layers}
+
+
+def heading(row: Row) -> str:
+    """What a run trained, for the title of a panel."""
+    return f"{method(row)}, {row['model']}, {row['data']}"
 
 
 def plot_layers(axis: Axes, found: Trajectories) -> None:

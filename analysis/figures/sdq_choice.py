@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, figure_script, method, option, panels
-from analysis.figures.layers import BITS, WEIGHT, by_layer, logged, plot_layers, plot_map, table_of
+from analysis.figures.base import Drawn, figure_script, option, panels
+from analysis.figures.layers import heading, logged, plot_layers, plot_map, searched_widths, table_of
 
 SLUG = "sdq"
 
@@ -24,8 +24,8 @@ def draw(rows: Sequence[Row]) -> Drawn:
     left.axhline(option(row, SLUG, "threshold"), color="0.5", linewidth=0.8, linestyle="--")
     left.set_ylim(0, 1)
     left.set_ylabel("probability of the higher width")
-    left.set_title(f"{method(row)}, {row['model']}, {row['data']}")
-    widths = {name: values for name, values in by_layer(row, BITS, WEIGHT).items() if name in betas}
+    left.set_title(heading(row))
+    widths = searched_widths(row, betas)
     plot_map(right, widths)
     table: list[tuple[Any, ...]] = [*table_of(betas, "beta"), *table_of(widths, "bits")]
     return Drawn(figure, ("quantity", "layer", "step", "value"), table)

@@ -11,16 +11,19 @@ from typing import Any
 
 from analysis.collect import Row
 from analysis.figures.base import Drawn, NoData, by_label, curve, figure_script, method, panels, plot_curve, styles
+from research.quant.budget import budgets_from_config
 
 
 def budget_of(row: Row, kind: str) -> float | None:
     """The least budget of a kind that a run had; None where it had none."""
-    found = []
-    for settings in row["config"]["callbacks"].values():
-        for key in ("budget", "input_budget"):
-            budgets = settings.get(key) or []
-            found += [each for each in (budgets if isinstance(budgets, list) else [budgets]) if each["kind"] == kind]
-    return min((float(each["value"]) for each in found), default=None)
+    given = [
+        settings[key]
+        for settings in row["config"]["callbacks"].values()
+        for key in ("budget", "input_budget")
+        if settings.get(key)
+    ]
+    budgets = [budget for config in given for budget in budgets_from_config(config)]
+    return min((float(budget.value) for budget in budgets if budget.kind == kind), default=None)
 
 
 def draw(rows: Sequence[Row], kind: str = "average_bits") -> Drawn:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, figure_script, history, method, panels
-from analysis.figures.layers import WEIGHT, logged, plot_layers, table_of
+from analysis.figures.base import Drawn, figure_script, history, panels
+from analysis.figures.layers import WEIGHT, heading, logged, plot_layers, table_of
 
 SLUG = "ssps"
 FURTHER = {"entropy": "entropy of all tensors (nats)", "expected_cost/0": "expected cost / budget"}
@@ -27,7 +27,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
         if fixed is not None:
             left.plot(*fixed, "ko", markersize=3)
     left.set_ylabel("certainty")
-    left.set_title(f"{method(row)}, {row['model']}, {row['data']}")
+    left.set_title(heading(row))
     table: list[tuple[Any, ...]] = list(table_of(certainties, "certainty"))
     for axis, (name, title) in zip(others, FURTHER.items(), strict=True):
         values = [(step, value) for step, _, value in history(row, f"{SLUG}/{name}")]
