@@ -77,14 +77,24 @@ def along(column: Column, cost: Column, line: Sequence[Group] = ()) -> Column:
         column: of the number.
         cost: of the cost.
         line: the baselines' runs.
+
+    Raises:
+        ValueError: two runs of the line have the same seed and cost.
     """
-    points: dict[int, list[tuple[float, float]]] = {}
+    points: dict[int, dict[float, float]] = {}
     for row in (row for group in line for row in group):
-        if _numbers(cost.value(row), column.value(row)):
-            points.setdefault(row["seed"], []).append((cost.value(row), column.value(row)))
+        here, number = cost.value(row), column.value(row)
+        if not _numbers(here, number):
+            continue
+        if here in points.setdefault(row["seed"], {}):
+            raise ValueError(
+                f"at_equal={cost.name}: two baselines of seed {row['seed']} cost {here * cost.factor:g} {cost.title}; "
+                "say more in baseline=, or add to within= or where= what they differ in"
+            )
+        points[row["seed"]][here] = number
 
     def less(row: Row) -> float | None:
-        costs, values = zip(*sorted(points.get(row["seed"], [(np.inf, np.inf)])), strict=True)
+        costs, values = zip(*sorted(points.get(row["seed"], {np.inf: np.inf}).items()), strict=True)
         here, number = cost.value(row), column.value(row)
         if not _numbers(here, number) or not costs[0] <= here <= costs[-1]:
             return None

@@ -99,6 +99,8 @@ def test_differences_at_equal_cost_are_from_the_line_through_all_baselines() -> 
         tables.result_table(rows, **options | {"compared": []})
     with pytest.raises(ValueError, match="^at_equal=size: no column of this table; use one of experiment, gbops,"):
         tables.result_table(rows, **options | {"at_equal": ["size"]})
+    with pytest.raises(ValueError, match=r"^at_equal=gbops: two baselines of seed 1 cost 2 GBOPs; say more"):
+        tables.result_table([*rows, row("even", 1, 0.8, 2), row("even", 1, 0.9, 2) | {"config": {}}], **options)
 
 
 def test_rows_are_chosen_by_their_columns(tmp_path: Path) -> None:
