@@ -41,7 +41,7 @@ results: .venv/.installed  ## generated pages: results from the kept run records
 		within=model,data,epochs baseline=method=float difference=accuracy,ptq_5,ptq_4
 	$(TABLES) 'runs=$(RECORDS)/three_epochs/*' output=docs/results/three_epochs.md 'title=Three epochs of everything' \
 		preface=analysis/prefaces/three_epochs.md
-	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3/*,$(RECORDS)/lsq_resnet20_cifar10_w[234]a[234]/*,$(RECORDS)/allocation_retrained/*' \
+	$(TABLES) 'runs=$(RECORDS)/*_resnet20_cifar10_w3/*,$(RECORDS)/lsq_resnet20_cifar10_w[2345]a[2345]/*,$(RECORDS)/allocation_retrained/*,$(RECORDS)/allocation_four_bits/*,$(RECORDS)/allocation_two_bits/*' \
 		output=docs/results/bits_per_layer.md 'title=Bits per layer on CIFAR-10' preface=analysis/prefaces/bits_per_layer.md \
 		standard=experiment,widths_from,method,seeds,epochs,weight_bits,accuracy,size_kib,gbops,hardware,minutes \
 		where=epochs=10 within=model,data baseline=method=lsq,widths_from=recipe difference=accuracy at_equal=size_kib,gbops

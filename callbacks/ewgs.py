@@ -41,6 +41,10 @@ class EWGSDelta(Mechanic):
         if not self.quantizers:
             raise ValueError("callbacks.ewgs: the network has no ewgs quantizer to set delta of, use quantizer=ewgs")
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of a ``delta`` that is never measured."""
+        self.scale.warn_if_never(trainer)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and set ``delta`` where the epoch asks for it."""
         measured = self.scale.measure(trainer, self.module, self.rng(trainer.global_step))

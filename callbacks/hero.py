@@ -73,7 +73,7 @@ class HERO(Mechanic):
 
     With ``W* = W + e``, ``e`` constant, the step's loss is ``L(W*) + strength * penalty(dL/dW at W*, dL/dW at W)``; the
     ordinary backward pass of it gives ``g*`` and the penalty's Hessian-vector product at once. The first of the two
-    evaluations counts for metrics and statistics; both see the same noise.
+    evaluations counts for the other metrics and for statistics; both see the same noise.
 
     Args:
         radius: ``h``, size of the perturbation; 0 is plain training, bit for bit.

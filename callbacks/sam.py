@@ -30,7 +30,7 @@ class SAM(Mechanic):
     """Minimise the loss at the worst point of a ball around the latent parameters (but those that choose a width).
 
     Two evaluations a step: the gradient at the parameters gives the perturbation, the loss at the perturbed parameters
-    is the step's loss. The first counts for metrics and statistics; both see the same noise.
+    is the step's loss. The first counts for the other metrics and for statistics; both see the same noise.
 
     Args:
         rho: radius of the ball; 0 is plain training, bit for bit.

@@ -47,7 +47,7 @@ class SAQ(Mechanic):
 
     In cases 1 and 3 latent weights never move. Everything else that is perturbed moves where it stands, in every case:
     biases of the layers always, batch-norms and trained ranges by the options. The first evaluation counts for metrics
-    and statistics; both see the same noise.
+    (but the loss, which is the second's) and statistics; both see the same noise.
 
     Args:
         case: 1, 2 or 3, as above.

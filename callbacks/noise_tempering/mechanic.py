@@ -51,7 +51,8 @@ class NoiseTempering(Mechanic):
         noise_dist: ``uniform``, ``one``, ``bernoulli``, ``gauss``, or ``blind``, which is not error-aware (ablation).
         noise_site: ``forward``, or ``grad`` (ablation: no curvature term).
         grad_scale: ``elementwise`` (EWGS's form, in units of bins) or ``scalar``.
-        delta: initial scale of the gradient; None: 0.02 elementwise, 1 scalar. Elementwise 0 is the plain estimator.
+        delta: initial scale of the gradient; None: 0.02 elementwise (0 with ``delta_learn: hessian``, until the first
+            measurement), 1 scalar. Elementwise 0 is the plain estimator.
         delta_learn: ``carrier``, ``shared``, ``hessian`` (EWGS's rule, see ``hessian``) or ``fixed``.
         hessian: options of `HessianScale` for ``delta_learn: hessian``.
     """
@@ -91,6 +92,10 @@ class NoiseTempering(Mechanic):
             raise ValueError(
                 "callbacks.noise_tempering.delta_learn=hessian: goes with grad_scale=elementwise only, use that"
             )
+        if delta is None and grad_scale == "scalar":
+            delta = 1.0
+        elif delta is None:
+            delta = 0.0 if delta_learn == "hessian" else 0.02  # EWGS's rule begins as the plain estimator
         self.lambda_0 = lambda_0
         self.kappa = kappa if lambda_final is None else math.log(lambda_0 / lambda_final)
         self.tempering = Tempering(
@@ -98,7 +103,7 @@ class NoiseTempering(Mechanic):
             noise_dist=noise_dist,
             noise_site=noise_site,
             grad_scale=grad_scale,
-            delta=delta if delta is not None else {"elementwise": 0.02, "scalar": 1.0}[grad_scale],
+            delta=delta,
             delta_learn=delta_learn,
         )
         self.hessian = HessianScale("callbacks.noise_tempering.hessian", **(hessian or {}))
@@ -116,7 +121,9 @@ class NoiseTempering(Mechanic):
             raise ValueError("callbacks.noise_tempering: the network has no quantizer to temper, use quantizer=lsq")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of noise that is still there at the end."""
+        """Warn of noise that is still there at the end, and of a ``delta`` that is never measured."""
+        if self.tempering.delta_learn == "hessian":
+            self.hessian.warn_if_never(trainer)
         final = noise_strength(1, 1, self.lambda_0, self.kappa)
         if final > NEGLIGIBLE:
             log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from research.curvature.quantized_tensors import error_gradient_scales
 from research.learning.module import QuantModule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,18 @@ class HessianScale:
         for name in ("every_n_epochs", "batches", "batch_size", "probes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{self.key}.{name}={getattr(self, name)}: use 1 or more")
+
+    def warn_if_never(self, trainer: pl.Trainer) -> None:
+        """Say so where the run ends before the first measurement."""
+        epochs = trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= self.every_n_epochs:
+            log.warning(
+                "%s.every_n_epochs=%d: nothing is measured in %d epochs, the strength stays where it starts; use less "
+                "than trainer.max_epochs",
+                self.key,
+                self.every_n_epochs,
+                epochs,
+            )
 
     def measure(self, trainer: pl.Trainer, module: QuantModule, generator: torch.Generator) -> dict[str, Tensor] | None:
         """Strengths by quantizer name, per unit of error, on the device of ``module``; None in the epochs between."""

@@ -177,6 +177,12 @@ def test_low_precision_of_32_bits_is_the_same_network() -> None:  # check 4
     assert float(distances.detach().abs().max()) < 1e-20
     entropy = -(high.softmax(1) * high.log_softmax(1)).sum(1).mean()
     assert float(output.detach()) == pytest.approx(float(entropy), rel=1e-12)
+    for bits in (2, 4, 8):  # no quantized network comes as near: a bound below the entropy cannot be met
+        module, mechanic = host(clip=False, quantizer=recipe(bits))
+        module.eval()
+        high = high_outputs(module, mechanic).detach()
+        _, output = mechanic._distances(batch(), {}, high, None, list(mechanic.layers))
+        assert float(output.detach()) > -float((high.softmax(1) * high.log_softmax(1)).sum(1).mean())
 
 
 def test_layers_are_compared_on_the_same_input() -> None:  # check 5

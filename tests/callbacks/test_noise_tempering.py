@@ -297,12 +297,13 @@ def test_check_5_gradients_grow_where_error_and_gradient_agree() -> None:
 def test_check_6_noise_is_fresh_in_training_and_absent_in_evaluation() -> None:
     torch.manual_seed(0)
     values = torch.randn(2000, dtype=torch.float64)
-    weight, other = tempered(values), tempered(values)
+    weight, inputs = tempered(values), tempered(values, role="input")
     with torch.no_grad():
-        assert not torch.equal(weight(values), weight(values))
-        one, two = (quantizer(values) - quantizer.plain()(values) for quantizer in (weight, other))
-        weight.eval()
-        assert torch.equal(weight(values), weight(values))
+        one, two = (quantizer(values) - quantizer.plain()(values) for quantizer in (weight, inputs))
+        for quantizer in (weight, inputs):
+            assert not torch.equal(quantizer(values), quantizer(values))
+            quantizer.eval()
+            assert torch.equal(quantizer(values), quantizer(values))
     assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 0.1
 
 

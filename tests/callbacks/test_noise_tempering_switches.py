@@ -88,11 +88,10 @@ def test_error_aware_gradient_without_factor_is_the_identity() -> None:
     assert v.grad is not None and torch.equal(v.grad, upstream)
 
 
-def test_the_hessian_rule_sets_delta_every_n_epochs() -> None:
+def test_the_hessian_rule_sets_delta_every_n_epochs(caplog: pytest.LogCaptureFixture) -> None:
     config = {
         "_target_": TARGET,
         "delta_learn": "hessian",
-        "delta": 0.0,
         "hessian": {"every_n_epochs": 2, "batches": 1, "batch_size": 8, "probes": 4},
     }
     deltas = []
@@ -100,13 +99,15 @@ def test_the_hessian_rule_sets_delta_every_n_epochs() -> None:
         module = make_module({"noise_tempering": config})
         fit(module, max_epochs=epochs)
         deltas.append([float(quantizer.delta) for _, quantizer in quantizers(module.net)])
+    never = "callbacks.noise_tempering.hessian.every_n_epochs=2: nothing is measured in"
+    assert [line.split(never)[1].split(",")[0] for line in caplog.messages if never in line] == [" 2 epochs"]
     assert deltas[0] == [0.0] * 4
     assert max(deltas[1]) > 0 and min(deltas[1]) >= 0 and max(deltas[1]) <= 2
 
 
 def test_the_hessian_rule_has_a_strength_in_units_of_bins() -> None:
     hessian = {"every_n_epochs": 1, "batches": 1, "batch_size": 8, "probes": 4}
-    config = {"_target_": TARGET, "delta_learn": "hessian", "delta": 0.0, "hessian": hessian}
+    config = {"_target_": TARGET, "delta_learn": "hessian", "hessian": hessian}
     module = make_module({"noise_tempering": config})
     trainer: Any = fit(module, max_epochs=1)
     trainer.fit_loop.epoch_progress.current.completed = trainer.fit_loop.epoch_progress.current.processed = 1
