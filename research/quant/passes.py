@@ -133,7 +133,7 @@ def surrogate_gradients(net: nn.Module) -> Iterator[None]:
     """Inside the block Hessians exist: every quantizer takes the path that has all derivatives, and those whose
     derivative depends on the upstream gradient the plain straight-through estimator."""
     with ExitStack() as stack:
-        for _, quantizer in quantizers(net):
+        for quantizer in (module for module in net.modules() if isinstance(module, Quantizer)):  # also inside another
             stack.enter_context(rebound(quantizer, "kernels", "affine"))
             if quantizer.backward == "gradient_dependent":
                 stack.enter_context(rebound(quantizer, "plain_ste", True))

@@ -37,7 +37,7 @@ def small_batches(cuts: Sequence[int] = CUTS) -> FixedBatches:
     return FixedBatches(tuple(zip(x.split(list(cuts)), y.split(list(cuts)), strict=True)))
 
 
-def small_net(name: str | None = "lsq", bits: int = 3) -> nn.Sequential:
+def small_net(name: str | None = "lsq", bits: int = 3, widths: Sequence[int] = ()) -> nn.Sequential:
     """conv - batch-norm - tanh - flatten - fc, 42 weights, float64; all of it quantized by ``name``, None: float."""
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -47,7 +47,7 @@ def small_net(name: str | None = "lsq", bits: int = 3) -> nn.Sequential:
     if name is not None:
         slot = {"name": name, "bits": min(bits, quantizer_class(name).max_bits)}
         options = {"alpha": 2.0} if name == "pact" else {}
-        recipe = {"weight": slot, "input": {**slot, "options": options}}
+        recipe = {"weight": slot, "input": {**slot, "options": options}, "widths": list(widths)}
     convert(net, Recipe.from_config(recipe), "0", "4")
     with torch.no_grad():
         for weight in (net[0].weight, net[4].weight):

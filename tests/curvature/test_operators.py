@@ -17,6 +17,7 @@ from research.curvature.surface import SURFACES, Surface
 from research.deploy.deployed import deployed
 from research.quant.layers import quant_layers, quantizers
 from research.quant.quantizers import REGISTRY, quantizer_class
+from research.quant.quantizers.ewgs import EWGS
 from tests.curvature.small import (
     CUTS,
     WEIGHTS,
@@ -58,6 +59,20 @@ def test_hessian_of_every_quantizer_on_every_surface(name: str | None, surface: 
     replaced = [] if name is None else [quantizer for quantizer, _ in quantizers(net)]
     gradient_dependent = name is not None and quantizer_class(name).backward == "gradient_dependent"
     assert operator.replaced == (replaced if gradient_dependent else [])
+
+
+def test_rules_of_quantizers_inside_another_are_replaced_too() -> None:
+    found = []
+    for delta in (0.0, 0.7):
+        net = small_net("ewgs", widths=(2, 3))
+        inner = [module for module in net.modules() if isinstance(module, EWGS)]
+        assert len(inner) == 8  # weight and input of two layers at two widths
+        for quantizer in inner:
+            quantizer.delta.fill_(delta)
+        operator = hessian(net, crossentropy, small_batches(), "latent")
+        assert len(operator.replaced) == 4
+        found.append(matrix(operator))
+    assert torch.equal(*found)
 
 
 def outputs_and_weights(surface: Surface) -> tuple[nn.Module, list[nn.Parameter]]:
