@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from omegaconf import OmegaConf
@@ -86,6 +86,27 @@ DEFAULTS: dict[str, Any] = {
     "data": DATA,
     "checkpoints": os.environ.get("FLATBIT_CHECKPOINTS", "checkpoints"),
 }
+
+
+class Options(TypedDict):
+    """Types of the options, see `main`."""
+
+    bits: int | list[int]
+    input_bits: int | Literal["same"]
+    first_last: int | None
+    quantizer: str | None
+    deployment: str
+    initial: bool
+    table: str | None
+    elsewhere: str
+    operator: str
+    probes: int
+    seed: int
+    images: int
+    batch_size: int
+    threads: int | None
+    data: str
+    checkpoints: str
 
 
 class Network:
@@ -260,7 +281,7 @@ def report(of: Network, allocation: Allocation, budgets: list[Budget]) -> str:
     return "\n".join(lines)
 
 
-def main(run: str, method: str, budget: Any, output: str, **options: Any) -> None:
+def main(run: str, method: str, budget: Any, output: str, **options: Unpack[Options]) -> None:
     """Choose the widths, print them and write them.
 
     Args:

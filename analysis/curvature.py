@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -61,6 +61,36 @@ DEFAULTS: dict[str, Any] = {
     "data": DATA,
     "checkpoints": os.environ.get("FLATBIT_CHECKPOINTS", "checkpoints"),
 }
+
+
+class Options(TypedDict):
+    """Types of the options, see `main`."""
+
+    deployment: str | None
+    initial: bool
+    surface: str
+    operator: str
+    kinds: str | list[str]
+    images: int
+    batch_size: int
+    k: int
+    tolerance: float
+    max_iterations: int
+    probes: int
+    block_probes: int
+    seeds: int | list[int]
+    density: bool
+    density_runs: int
+    density_steps: int
+    per_layer: bool
+    per_quantizer: bool
+    keep_graphs: bool
+    threads: int | None
+    wandb: str
+    data: str
+    checkpoints: str
+
+
 SHARED = ("surface", "operator", "kinds", "images", "batch_size")
 """Options that every measurement depends on."""
 
@@ -219,7 +249,7 @@ def block_lines(record: Measurement) -> list[str]:
     return [f"    {name:40} trace {t['value']:.4g} ± {t['standard_error']:.2g}" for name, t in traces]
 
 
-def main(runs: str, **options: Any) -> None:
+def main(runs: str, **options: Unpack[Options]) -> None:
     """Measure what has not been measured, keep it, log it and print it.
 
     Args:
@@ -231,7 +261,7 @@ def main(runs: str, **options: Any) -> None:
             ``density_steps``); ``keep_graphs`` (faster, with memory for all images at once); ``threads``; ``wandb``
             (offline, online, disabled); folders ``data`` and ``checkpoints``.
     """
-    options |= {"kinds": listed(options["kinds"])}
+    options["kinds"] = listed(options["kinds"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     for folder, name in networks(collect(runs), options["deployment"], options["initial"]):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from analysis.collect import Row
-from analysis.figures.base import method, widths
+from analysis.labels import method_name, widths_name
 from research.curvature.batches import FixedBatches
 from research.learning.evaluation import Network
 from research.learning.tasks import Task
@@ -79,7 +79,7 @@ def listed(value: Any) -> list[Any]:
 
 def names(rows: Sequence[Row]) -> list[str]:
     """A name for each row by method and bits; with seed, deployment and hash as far as they tell rows apart."""
-    found = [f"{method(row)}, W{widths(row)[0]}A{widths(row)[1]}" for row in rows]
+    found = [f"{method_name(row)}, {widths_name(row)}" for row in rows]
     for key, form in (("name", "{}"), ("seed", "seed {}"), ("hash", "{}")):
         if len(set(found)) < len(rows) and len({row[key] for row in rows}) > 1:
             found = [f"{name}, {form.format(row[key])}" for name, row in zip(found, rows, strict=True)]

@@ -20,6 +20,8 @@ WORDS = {
     Mapping: "a mapping",
 }
 
+LISTS = (list, tuple, Sequence)
+
 
 def check_arguments(
     function: Callable[..., Any], config: Mapping[str, Any], *arguments: Any, key: str, name: str | None = None
@@ -64,7 +66,7 @@ def _with_options(function: Callable[..., Any]) -> inspect.Signature:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD and get_origin(hint) is Unpack:
             options = get_type_hints(get_args(hint)[0])
             parameters += [
-                inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+                inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=kind)
                 for option, kind in options.items()
             ]
         else:
@@ -88,7 +90,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return kind is str
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, list) if kind is tuple else isinstance(value, kind)
+    if kind in LISTS:
+        elements = get_args(hint)[:1]
+        return isinstance(value, list) and all(_fits(one, element) for one in value for element in elements)
+    return isinstance(value, kind)
 
 
 def _words(hint: Any) -> str:
@@ -98,4 +103,6 @@ def _words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(words for member in get_args(hint) if (words := _words(member))))
     if origin is Literal:
         return " or ".join(str(choice) for choice in get_args(hint))
-    return WORDS.get(origin or hint, "")
+    kind = origin or hint
+    of = [words for element in get_args(hint)[:1] if kind in LISTS and (words := _words(element))]
+    return WORDS.get(kind, "") + "".join(f", each {words}" for words in of)

@@ -84,7 +84,8 @@ def sweep_jobs(path: Path) -> list[list[str]]:
     jobs = []
     for key, value in params.items():
         override = parser.parse_override(f"{key}={value}")
-        jobs += [[f"{key}={choice}"] for choice in override.sweep_string_iterator()]
+        choices = override.sweep_string_iterator() if override.is_sweep_override() else [value]
+        jobs += [[f"{key}={choice}"] for choice in choices]
     return jobs
 
 

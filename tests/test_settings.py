@@ -1,6 +1,7 @@
 """The keys of a training config: each mistake is one line with its key, and the shipped configs have none."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,20 @@ def test_options_of_a_typed_dictionary_are_arguments_like_others() -> None:
         check_arguments(resnet8, {"shortcut": "C"}, key="model")
     with pytest.raises(ValueError, match=r"^model\.foo: resnet8 got an unexpected keyword argument 'foo'; .*width"):
         check_arguments(resnet8, {"foo": 1}, key="model")
+    with pytest.raises(ValueError, match=r"^model\.width=None: use an integer$"):
+        check_arguments(resnet8, {"width": None}, key="model")
+
+
+def test_elements_of_lists_have_types_too() -> None:
+    def measure(seeds: int | list[int], cuts: Sequence[float] = (), pairs: tuple[str, ...] | None = None) -> None: ...
+
+    check_arguments(measure, {"seeds": [0, 1], "cuts": [1, 0.5], "pairs": []}, key="")
+    with pytest.raises(ValueError, match=r"^seeds=\[0, 'a'\]: use an integer or a list, each an integer$"):
+        check_arguments(measure, {"seeds": [0, "a"]}, key="")
+    with pytest.raises(ValueError, match=r"^cuts=\[None\]: use a list, each a number$"):
+        check_arguments(measure, {"seeds": 0, "cuts": [None]}, key="")
+    with pytest.raises(ValueError, match=r"^pairs=\[3\]: use a list, each a text or null$"):
+        check_arguments(measure, {"seeds": 0, "pairs": [3]}, key="")
 
 
 @pytest.mark.parametrize(

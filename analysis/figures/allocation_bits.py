@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 
 from analysis.collect import Row
 from analysis.columns import widths_from
-from analysis.figures.base import Drawn, NoData, figure_script, method, panels
+from analysis.figures.base import Drawn, NoData, figure_script, panels
 from analysis.figures.layers import BITS, WEIGHT, by_layer, name_layers, plot_map
+from analysis.labels import method_name
 from analysis.rows import label
 from research.quant.allocation import SLOTS, Allocation
 from research.quant.recipe import FLOAT_BITS
@@ -48,7 +49,7 @@ def name_of(allocation: Allocation) -> str:
 def chosen_by(row: Row) -> str:
     """The run's method, with what chose its widths where these came as a table."""
     table = row["config"]["quantizer"].get("table")
-    return f"{method(row)}, widths from {widths_from(row)}" if table else method(row)
+    return f"{method_name(row)}, widths from {widths_from(row)}" if table else method_name(row)
 
 
 def gathered(rows: Sequence[Row], files: Sequence[str]) -> tuple[dict[str, Allocation], str]:
@@ -115,7 +116,7 @@ def draw(rows: Sequence[Row], allocations: str | Sequence[str] = ()) -> Drawn:
     axes[0].set_title(f"{network}: bits of each layer")
     for axis, (row, values) in zip(axes[2:], recorded, strict=True):
         plot_map(axis, values)
-        axis.set_title(f"{method(row)}, {label(row)}")
+        axis.set_title(f"{method_name(row)}, {label(row)}")
         table += [(label(row), step, layer, "weight", bits) for layer, line in values.items() for step, bits in line]
     return Drawn(figure, HEADER, table)
 

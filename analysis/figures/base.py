@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from analysis.cli import script
 from analysis.collect import Row, collect
+from analysis.labels import MEASURING, setting
 from analysis.rows import label
 from research.runs.files import atomic_write_text
 
@@ -30,19 +31,6 @@ plt.style.use(Path(__file__).parent.parent / "style.mplstyle")
 log = logging.getLogger(__name__)
 
 RECORDS = "tests/records/*/*"
-MEASURING = ("bin_occupancy", "curvature_probe", "oscillation_tracker", "weight_flips")
-"""Mechanics that change nothing: no part of a method's name."""
-
-NAMES = {
-    "lsq": "LSQ", "lsq_plus": "LSQ+", "ewgs": "EWGS", "pact": "PACT", "dorefa": "DoReFa", "n2uq": "N2UQ",
-    "lq_nets": "LQ-Nets", "liq": "LIQ", "minmax": "min-max", "binary": "binary", "sam": "SAM", "grad_l1": "GRAD-L1",
-    "hero": "HERO", "kurtosis": "KURE", "saq": "SAQ", "noise_tempering": "noise tempering", "dir_net": "DIR-Net",
-    "distillation": "distillation", "bin_regularization": "bin regularization",
-    "oscillation_dampening": "dampening", "oscillation_freezing": "freezing", "bmpq": "BMPQ", "csq": "CSQ",
-    "sdq": "SDQ", "bsq": "BSQ", "constrained": "constrained", "edge_mpq": "Edge-MPQ", "ssps": "SSPS", "samq": "SAMQ",
-    "drop_bits": "DropBits", "srq": "SRQ", "rq": "RQ",
-}  # fmt: skip
-
 COLOURS = ("#000000", "#c04a1b", "#1f6fb4", "#3f9a5b", "#8d5fb0", "#c98f00", "#7a7a7a")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -140,28 +128,6 @@ def find(runs: str) -> list[Row]:
 
 def _holds_experiments(folder: Path) -> bool:
     return folder.is_dir() and not (folder / "config.yaml").is_file()
-
-
-def method(row: Row) -> str:
-    """Name of a run's method: ``LSQ + distillation``; of a float run its mechanics, or ``SGD``."""
-    quantizer = (row["config"]["quantizer"].get("weight") or {}).get("name")
-    mechanics = [NAMES.get(slug, slug) for slug in row["mechanics"] if slug not in MEASURING]
-    if quantizer is None:
-        return " + ".join(mechanics) or "SGD"
-    return " + ".join([NAMES.get(quantizer, quantizer), *(name for name in mechanics if name != NAMES.get(quantizer))])
-
-
-def widths(row: Row) -> tuple[int, int]:
-    """Bits of weights and inputs as the recipe states them, 32 for float."""
-    quantizer = row["config"]["quantizer"]
-    return tuple((quantizer.get(slot) or {}).get("bits", 32) for slot in ("weight", "input"))
-
-
-def setting(row: Row) -> str:
-    """What runs must share to be compared: network, data, widths and epochs, in words."""
-    weight, inputs = widths(row)
-    bits = "float" if weight == 32 else f"W{weight}A{inputs}"
-    return f"{row['model']}, {row['data']}, {bits}, {row['epochs']} epochs"
 
 
 def option(row: Row, mechanic: str, key: str) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from analysis.collect import Row
-from analysis.figures.base import NAMES, by_label, comparable, method, setting
+from analysis.figures.base import by_label, comparable
+from analysis.labels import NAMES, method_name, setting
 
 
 def with_and_without(
-    rows: Sequence[Row], slug: str, name: Callable[[Row], str] = method, order: Sequence[str] = ()
+    rows: Sequence[Row], slug: str, name: Callable[[Row], str] = method_name, order: Sequence[str] = ()
 ) -> dict[str, list[Row]]:
     """Runs by name, those without the mechanic first.
 
@@ -22,7 +23,9 @@ def with_and_without(
     Raises:
         NoData: no quantized run with this mechanic alone.
     """
-    own = comparable(rows, f"callbacks=[{slug}]", lambda row: method(row).split(" + ")[1:] == [NAMES[slug]])
-    quantizer = method(own[0]).split(" + ")[0]
-    alike = [row for row in rows if setting(row) == setting(own[0]) and method(row) in (quantizer, method(own[0]))]
+    own = comparable(rows, f"callbacks=[{slug}]", lambda row: method_name(row).split(" + ")[1:] == [NAMES[slug]])
+    quantizer = method_name(own[0]).split(" + ")[0]
+    alike = [
+        row for row in rows if setting(row) == setting(own[0]) and method_name(row) in (quantizer, method_name(own[0]))
+    ]
     return by_label(alike, name, order or (quantizer,))

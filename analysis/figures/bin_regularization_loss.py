@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, curve, figure_script, panels, plot_curve, setting, styles
+from analysis.figures.base import Drawn, curve, figure_script, panels, plot_curve, styles
 from analysis.figures.bin_regularization_weights import SLUG, regularised
+from analysis.labels import setting
 
 
 def draw(rows: Sequence[Row]) -> Drawn:

@@ -12,7 +12,8 @@ import numpy as np
 
 from analysis.collect import Row
 from analysis.distributions import density, distributions
-from analysis.figures.base import Drawn, by_label, comparable, figure_script, option, panels, setting
+from analysis.figures.base import Drawn, by_label, comparable, figure_script, option, panels
+from analysis.labels import setting
 
 SLUG = "bin_regularization"
 INNER = "layer3.0.conv2"

@@ -11,8 +11,9 @@ from statistics import mean
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, by_label, figure_script, method, panels
+from analysis.figures.base import Drawn, by_label, figure_script, panels
 from analysis.figures.layers import BITS, WEIGHT, by_layer, heading, logged, name_layers, plot_layers, table_of
+from analysis.labels import method_name
 
 SLUG = "constrained"
 PREFIX = f"{SLUG}/dual/"
@@ -22,7 +23,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
     """Multipliers over training and over depth."""
     logged(rows, PREFIX)  # there is one
     alike = [row for row in rows if SLUG in row["mechanics"] and by_layer(row, PREFIX)]
-    seeds = max(by_label(alike, method).values(), key=len)
+    seeds = max(by_label(alike, method_name).values(), key=len)
     duals = [by_layer(row, PREFIX) for row in seeds]
     for found in duals:
         found.pop("output", None)

@@ -10,19 +10,9 @@ from collections.abc import Sequence
 from statistics import mean
 
 from analysis.collect import Row
-from analysis.figures.base import (
-    Curve,
-    Drawn,
-    NoData,
-    by_label,
-    curve,
-    figure_script,
-    panels,
-    plot_curve,
-    setting,
-    styles,
-)
+from analysis.figures.base import Curve, Drawn, NoData, by_label, curve, figure_script, panels, plot_curve, styles
 from analysis.figures.dir_net_estimator import SLUG, binary_runs, estimator
+from analysis.labels import setting
 from analysis.rows import label
 
 ORDER = ("constant", "EDE (IR-Net)", "DTE (reconstruction)")

@@ -12,8 +12,9 @@ from typing import Any
 
 from analysis.collect import Row
 from analysis.distributions import BIN, density, distributions
-from analysis.figures.base import Drawn, NoData, figure_script, panels, setting, styles
+from analysis.figures.base import Drawn, NoData, figure_script, panels, styles
 from analysis.figures.dir_net_estimator import binary_runs, estimator
+from analysis.labels import setting
 
 INNER = "layer3.0.conv2"
 BALANCED, PLAIN = "balanced (deployed)", "plain sign of the latent weights"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, comparable, curve, figure_script, option, panels, plain, setting, styles
+from analysis.figures.base import Drawn, comparable, curve, figure_script, option, panels, plain, styles
+from analysis.labels import setting
 from research.quant.quantizers.binary import decaying_sign
 
 SLUG = "dir_net"

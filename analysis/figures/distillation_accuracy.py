@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, curve, figure_script, panels, plot_curve, plot_points, setting, styles
+from analysis.figures.base import Drawn, curve, figure_script, panels, plot_curve, plot_points, styles
 from analysis.figures.distillation_loss import distilled
+from analysis.labels import setting
 
 
 def draw(rows: Sequence[Row]) -> Drawn:

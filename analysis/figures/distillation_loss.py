@@ -8,18 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.collect import Row
-from analysis.figures.base import (
-    Drawn,
-    by_label,
-    comparable,
-    curve,
-    figure_script,
-    method,
-    panels,
-    plot_curve,
-    setting,
-    styles,
-)
+from analysis.figures.base import Drawn, by_label, comparable, curve, figure_script, panels, plot_curve, styles
+from analysis.labels import method_name, setting
 
 SLUG = "distillation"
 TERMS = {"loss": "loss", "task": "task (labels)", SLUG: "distillation (soft targets)", "features": "features"}
@@ -28,9 +18,9 @@ TERMS = {"loss": "loss", "task": "task (labels)", SLUG: "distillation (soft targ
 def distilled(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Runs of distillation alone at one setting, and of the same quantizer without it, by name of the method."""
     own = comparable(rows, f"callbacks=[{SLUG}]", lambda row: row["mechanics"] == [SLUG])
-    names = (method({**own[0], "mechanics": []}), method(own[0]))
-    alike = [row for row in rows if setting(row) == setting(own[0]) and method(row) in names]
-    return by_label(alike, method, names)
+    names = (method_name({**own[0], "mechanics": []}), method_name(own[0]))
+    alike = [row for row in rows if setting(row) == setting(own[0]) and method_name(row) in names]
+    return by_label(alike, method_name, names)
 
 
 def draw(rows: Sequence[Row]) -> Drawn:

@@ -8,18 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.collect import Row
-from analysis.figures.base import (
-    Drawn,
-    by_label,
-    comparable,
-    curve,
-    figure_script,
-    method,
-    panels,
-    plot_curve,
-    setting,
-    styles,
-)
+from analysis.figures.base import Drawn, by_label, comparable, curve, figure_script, panels, plot_curve, styles
+from analysis.labels import method_name, setting
 
 METHODS = ("LSQ", "EWGS")
 
@@ -28,7 +18,7 @@ def draw(rows: Sequence[Row]) -> Drawn:
     """Delta over epochs; validation accuracy of EWGS and of LSQ at the same setting."""
     own = comparable(rows, "callbacks=[ewgs]", lambda row: "ewgs" in row["mechanics"])
     runs = by_label(
-        [row for row in rows if setting(row) == setting(own[0]) and method(row) in METHODS], method, METHODS
+        [row for row in rows if setting(row) == setting(own[0]) and method_name(row) in METHODS], method_name, METHODS
     )
     figure, (left, right) = panels(1, 2)
     look, table = styles(METHODS), []

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, NoData, curve, figure_script, option, panels, plot_curve, setting, styles
+from analysis.figures.base import Drawn, NoData, curve, figure_script, option, panels, plot_curve, styles
 from analysis.figures.grad_l1_ptq import METHODS
 from analysis.figures.ptq import float_runs
+from analysis.labels import setting
 
 SLUG, NAME = "grad_l1", "GRAD-L1"
 

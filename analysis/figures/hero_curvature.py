@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, figure_script, setting
+from analysis.figures.base import Drawn, figure_script
 from analysis.figures.curvature import draw_curvature
 from analysis.figures.hero_ptq import METHODS
 from analysis.figures.ptq import float_runs
+from analysis.labels import setting
 
 
 def draw(rows: Sequence[Row]) -> Drawn:

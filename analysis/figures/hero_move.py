@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, curve, figure_script, option, panels, plot_curve, setting, styles
+from analysis.figures.base import Drawn, curve, figure_script, option, panels, plot_curve, styles
 from analysis.figures.ptq import float_runs
+from analysis.labels import setting
 
 SLUG = "hero"
 NORMS = {"gradient, perturbed point": "hero_gradient", "its move by the perturbation": "hero_move"}

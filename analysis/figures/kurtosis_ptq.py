@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from statistics import mean
 
 from analysis.collect import Row
-from analysis.figures.base import Curve, Drawn, NoData, figure_script, panels, plot_curve, setting, styles
+from analysis.figures.base import Curve, Drawn, NoData, figure_script, panels, plot_curve, styles
 from analysis.figures.kurtosis_weights import METHODS, float_runs
+from analysis.labels import setting
 
 
 def ptq_curve(rows: Sequence[Row], kind: str = "minmax") -> Curve:

@@ -11,7 +11,8 @@ from typing import Any
 
 from analysis.collect import Row
 from analysis.distributions import density, distributions
-from analysis.figures.base import Drawn, NoData, by_label, comparable, figure_script, method, panels, setting, styles
+from analysis.figures.base import Drawn, NoData, by_label, comparable, figure_script, panels, styles
+from analysis.labels import method_name, setting
 
 METHODS = ("SGD", "KURE")
 INNER = "layer3.0.conv2"
@@ -19,9 +20,9 @@ INNER = "layer3.0.conv2"
 
 def float_runs(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Float runs with KURE and the same without, by name of the method."""
-    own = comparable(rows, "quantizer=float callbacks=[kurtosis]", lambda row: method(row) == "KURE")
-    alike = [row for row in rows if setting(row) == setting(own[0]) and method(row) in METHODS]
-    return by_label(alike, method, METHODS)
+    own = comparable(rows, "quantizer=float callbacks=[kurtosis]", lambda row: method_name(row) == "KURE")
+    alike = [row for row in rows if setting(row) == setting(own[0]) and method_name(row) in METHODS]
+    return by_label(alike, method_name, METHODS)
 
 
 def draw(rows: Sequence[Row], layer: str = INNER) -> Drawn:

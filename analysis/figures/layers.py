@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from analysis.collect import Row
-from analysis.figures.base import NoData, history, method
+from analysis.figures.base import NoData, history
+from analysis.labels import method_name
 
 BITS, WEIGHT = "bits/", ".weight"
 """``bits/<layer>.weight`` is the width of a weight, as searches log it."""
@@ -46,7 +47,7 @@ def searched_widths(row: Row, layers: Collection[str]) -> Trajectories:
 
 def heading(row: Row) -> str:
     """What a run trained, for the title of a panel."""
-    return f"{method(row)}, {row['model']}, {row['data']}"
+    return f"{method_name(row)}, {row['model']}, {row['data']}"
 
 
 def plot_layers(axis: Axes, found: Trajectories) -> None:

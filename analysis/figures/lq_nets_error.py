@@ -13,7 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis.collect import Row
 from analysis.distributions import distributions
-from analysis.figures.base import Drawn, NoData, figure_script, method, panels, styles, widths
+from analysis.figures.base import Drawn, NoData, figure_script, panels, styles
+from analysis.labels import method_name, widths
 
 METHODS = ("LSQ", "LQ-Nets")
 SLOTS = ("weight", "input")
@@ -23,21 +24,24 @@ def errors(rows: Sequence[Row], slot: str) -> dict[str, dict[int, dict[str, floa
     """Relative error by method, width and layer, of the first run of each method and width."""
     place = SLOTS.index(slot)
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in METHODS}
-    network = next((row["model"], row["data"]) for row in rows if method(row) == "LQ-Nets")
+    network = next((row["model"], row["data"]) for row in rows if method_name(row) == "LQ-Nets")
     for row in rows:
-        bits = widths(row)[place]
-        if method(row) not in METHODS or (row["model"], row["data"]) != network or bits in found[method(row)]:
+        name, stated = method_name(row), widths(row)
+        if name not in METHODS or (row["model"], row["data"]) != network or stated is None:
+            continue
+        bits = stated[place]
+        if bits in found[name]:
             continue
         layers = distributions(row) or {}
-        inner = {name: slots[slot]["error"] for name, slots in layers.items() if "codes" in slots[slot]}
+        inner = {layer: slots[slot]["error"] for layer, slots in layers.items() if "codes" in slots[slot]}
         if inner:
-            found[method(row)][bits] = inner
+            found[name][bits] = inner
     return found
 
 
 def draw(rows: Sequence[Row]) -> Drawn:
     """Error over width, for weights and inputs."""
-    if not any(method(row) == "LQ-Nets" for row in rows):
+    if not any(method_name(row) == "LQ-Nets" for row in rows):
         raise NoData("no run of quantizer=lq_nets")
     figure, axes = panels(1, 2)
     look, table = styles(METHODS), []

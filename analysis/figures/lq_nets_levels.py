@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 
 from analysis.collect import Row
 from analysis.distributions import Layers, distributions
-from analysis.figures.base import Drawn, NoData, figure_script, method, panels, setting, styles
+from analysis.figures.base import Drawn, NoData, figure_script, panels, styles
+from analysis.labels import method_name, setting
 
 METHODS = ("LSQ", "LQ-Nets")
 SLOTS = ("weight", "input")
@@ -21,14 +22,14 @@ SLOTS = ("weight", "input")
 
 def chosen(rows: Sequence[Row]) -> dict[str, tuple[Row, Layers]]:
     """A run of LQ-Nets with distributions, the narrowest that has quantized inputs, and one of LSQ at its setting."""
-    own = sorted((row for row in rows if method(row) == "LQ-Nets"), key=lambda row: setting(row))
+    own = sorted((row for row in rows if method_name(row) == "LQ-Nets"), key=lambda row: setting(row))
     for row in own:
         layers = distributions(row)
         if layers is None or not any("levels" in slots["input"] for slots in layers.values()):
             continue
         found = {"LQ-Nets": (row, layers)}
         for other in rows:
-            if method(other) == "LSQ" and setting(other) == setting(row) and (plain := distributions(other)):
+            if method_name(other) == "LSQ" and setting(other) == setting(row) and (plain := distributions(other)):
                 return {"LSQ": (other, plain)} | found
         return found
     raise NoData("no run of quantizer=lq_nets with distributions")

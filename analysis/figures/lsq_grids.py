@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.collect import Row
 from analysis.distributions import density, distributions
-from analysis.figures.base import Drawn, NoData, figure_script, method, panels, widths
+from analysis.figures.base import Drawn, NoData, figure_script, panels
+from analysis.labels import method_name, widths
 from analysis.rows import label
 
 SLOTS = ("weight", "input")
@@ -31,7 +32,8 @@ def chosen(rows: Sequence[Row], layer: str) -> list[tuple[Row, dict[str, Any]]]:
     """
     found: dict[tuple[int, int], tuple[Row, dict[str, Any]]] = {}
     for row in rows:
-        if method(row) != "LSQ" or widths(row) in found:
+        bits = widths(row)
+        if method_name(row) != "LSQ" or bits is None or bits in found:
             continue
         layers = distributions(row)
         if layers is None:
@@ -39,7 +41,7 @@ def chosen(rows: Sequence[Row], layer: str) -> list[tuple[Row, dict[str, Any]]]:
         inner = [name for name, slots in layers.items() if all("codes" in slots[slot] for slot in SLOTS)]
         if layer not in inner:
             raise ValueError(f"layer={layer}: no layer of {label(row)} with codes kept; use one of {', '.join(inner)}")
-        found[widths(row)] = (row, layers[layer])
+        found[bits] = (row, layers[layer])
     if not found:
         raise NoData("no run of LSQ with distributions")
     return [found[bits] for bits in sorted(found, reverse=True)]

@@ -14,7 +14,8 @@ import numpy as np
 
 from analysis.collect import Row
 from analysis.distributions import density, distributions
-from analysis.figures.base import Drawn, NoData, figure_script, panels, setting
+from analysis.figures.base import Drawn, NoData, figure_script, panels
+from analysis.labels import setting
 
 REACH = 4.0
 

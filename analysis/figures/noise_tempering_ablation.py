@@ -10,18 +10,9 @@ from collections.abc import Sequence
 from matplotlib.lines import Line2D
 
 from analysis.collect import Row
-from analysis.figures.base import (
-    Drawn,
-    NoData,
-    by_label,
-    figure_script,
-    option,
-    panels,
-    plot_points,
-    setting,
-    styles,
-)
+from analysis.figures.base import Drawn, NoData, by_label, figure_script, option, panels, plot_points, styles
 from analysis.figures.noise_tempering_strength import SLUG, tempered
+from analysis.labels import setting
 
 SCALES = ("no scale", "fixed", "learned")
 NOISES = ("no noise", "noise")

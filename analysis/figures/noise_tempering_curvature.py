@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, by_label, figure_script, method, option, setting
+from analysis.figures.base import Drawn, by_label, figure_script, option
 from analysis.figures.curvature import draw_curvature
 from analysis.figures.noise_tempering_strength import SLUG, tempered
+from analysis.labels import method_name, setting
 
 NOISE, TEMPERED = "noise only", "noise tempering"
 ORDER = ("LSQ", "EWGS", NOISE, TEMPERED)
@@ -20,8 +21,8 @@ ORDER = ("LSQ", "EWGS", NOISE, TEMPERED)
 
 def name_of(row: Row) -> str | None:
     """``LSQ``, ``EWGS``, noise with the gradient's scale or without it at the default decay; None for other runs."""
-    if method(row) in ("LSQ", "EWGS"):
-        return method(row)
+    if method_name(row) in ("LSQ", "EWGS"):
+        return method_name(row)
     if option(row, SLUG, "lambda_0") != 1 or option(row, SLUG, "kappa") != 5:
         return None
     if option(row, SLUG, "lambda_final") is not None:
@@ -34,7 +35,7 @@ def name_of(row: Row) -> str | None:
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Runs by `name_of`, of the setting of noise tempering's."""
     own = tempered(rows)
-    others = [row for row in rows if method(row) in ORDER and setting(row) == setting(own[0])]
+    others = [row for row in rows if method_name(row) in ORDER and setting(row) == setting(own[0])]
     named = [row for row in [*others, *own] if name_of(row) in ORDER]
     return by_label(named, lambda row: str(name_of(row)), ORDER)
 

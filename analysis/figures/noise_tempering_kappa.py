@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from statistics import mean
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, NoData, figure_script, panels, setting
+from analysis.figures.base import Drawn, NoData, figure_script, panels
 from analysis.figures.noise_tempering_strength import kappa_runs, no_noise, tempered
+from analysis.labels import setting
 
 
 def draw(rows: Sequence[Row]) -> Drawn:

@@ -19,9 +19,9 @@ from analysis.figures.base import (
     option,
     panels,
     plot_curve,
-    setting,
     styles,
 )
+from analysis.labels import setting
 
 SLUG = "noise_tempering"
 

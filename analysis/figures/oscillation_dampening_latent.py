@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from analysis.collect import Row
 from analysis.distributions import density, distributions
-from analysis.figures.base import Drawn, NoData, figure_script, panels, setting, styles
+from analysis.figures.base import Drawn, NoData, figure_script, panels, styles
 from analysis.figures.beside import with_and_without
+from analysis.labels import setting
 
 SLUG = "oscillation_dampening"
 INNER = "layer3.0.conv2"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, curve, figure_script, option, panels, plot_curve, setting, styles
+from analysis.figures.base import Drawn, curve, figure_script, option, panels, plot_curve, styles
 from analysis.figures.beside import with_and_without
+from analysis.labels import setting
 
 SLUG = "oscillation_dampening"
 

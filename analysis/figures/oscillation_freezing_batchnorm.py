@@ -12,9 +12,10 @@ from statistics import mean
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, NoData, figure_script, panels, setting, styles
+from analysis.figures.base import Drawn, NoData, figure_script, panels, styles
 from analysis.figures.beside import with_and_without
 from analysis.figures.oscillation_tracker_fraction import ORDER
+from analysis.labels import setting
 
 SLUGS = ("oscillation_dampening", "oscillation_freezing")
 FORMS = ("running averages", "re-estimated")

@@ -11,9 +11,10 @@ from statistics import mean
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, figure_script, panels, setting, styles
+from analysis.figures.base import Drawn, figure_script, panels, styles
 from analysis.figures.flatness import kept
 from analysis.figures.oscillation_tracker_fraction import tracked
+from analysis.labels import setting
 
 
 def at_least(layers: Mapping[str, Sequence[int]]) -> list[float]:

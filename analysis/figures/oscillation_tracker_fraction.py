@@ -10,19 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import (
-    Drawn,
-    by_label,
-    comparable,
-    curve,
-    figure_script,
-    method,
-    option,
-    panels,
-    plot_curve,
-    setting,
-    styles,
-)
+from analysis.figures.base import Drawn, by_label, comparable, curve, figure_script, option, panels, plot_curve, styles
+from analysis.labels import method_name, setting
 
 SLUG = "oscillation_tracker"
 ORDER = ("LSQ", "LSQ + dampening", "LSQ + freezing")
@@ -30,7 +19,7 @@ ORDER = ("LSQ", "LSQ + dampening", "LSQ + freezing")
 
 def tracked(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Runs whose oscillations were counted, of one setting, by method."""
-    return by_label(comparable(rows, f"callbacks=[{SLUG}]", lambda row: SLUG in row["mechanics"]), method, ORDER)
+    return by_label(comparable(rows, f"callbacks=[{SLUG}]", lambda row: SLUG in row["mechanics"]), method_name, ORDER)
 
 
 def draw(rows: Sequence[Row]) -> Drawn:

@@ -10,8 +10,9 @@ from statistics import mean
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, NoData, by_label, comparable, method, panels, plot_curve, setting, styles
+from analysis.figures.base import Drawn, NoData, by_label, comparable, panels, plot_curve, styles
 from analysis.figures.kurtosis_ptq import ptq_curve
+from analysis.labels import method_name, setting
 
 
 def float_runs(rows: Sequence[Row], slug: str, methods: Sequence[str]) -> dict[str, list[Row]]:
@@ -20,9 +21,9 @@ def float_runs(rows: Sequence[Row], slug: str, methods: Sequence[str]) -> dict[s
     Raises:
         NoData: no run of the last of ``methods``, that of ``callbacks=[slug]``.
     """
-    own = comparable(rows, f"quantizer=float callbacks=[{slug}]", lambda row: method(row) == methods[-1])
-    alike = [row for row in rows if setting(row) == setting(own[0]) and method(row) in methods]
-    return by_label(alike, method, methods)
+    own = comparable(rows, f"quantizer=float callbacks=[{slug}]", lambda row: method_name(row) == methods[-1])
+    alike = [row for row in rows if setting(row) == setting(own[0]) and method_name(row) in methods]
+    return by_label(alike, method_name, methods)
 
 
 def draw_ptq(groups: Mapping[str, Sequence[Row]], methods: Sequence[str]) -> Drawn:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, curve, figure_script, history, option, panels, plot_curve, setting, styles
+from analysis.figures.base import Drawn, curve, figure_script, history, option, panels, plot_curve, styles
 from analysis.figures.flatness import spread
 from analysis.figures.ptq import float_runs
+from analysis.labels import setting
 
 SLUG = "sam"
 CLEAN, MOVED = "at the weights", "after the ascent step"

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, curve, figure_script, option, panels, plot_curve, setting, styles
+from analysis.figures.base import Drawn, curve, figure_script, option, panels, plot_curve, styles
 from analysis.figures.beside import with_and_without
 from analysis.figures.flatness import spread
 from analysis.figures.sam_loss_rise import rise
+from analysis.labels import setting
 
 SLUG = "saq"
 PLAIN = "without SAQ"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, figure_script, panels, setting, styles
+from analysis.figures.base import Drawn, figure_script, panels, styles
 from analysis.figures.flatness import kept, plot_slices
 from analysis.figures.saq_cases import ORDER, by_case
+from analysis.labels import setting
 
 
 def draw(rows: Sequence[Row]) -> Drawn:

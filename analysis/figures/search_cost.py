@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.collect import Row
-from analysis.figures.base import Drawn, NoData, by_label, curve, figure_script, method, panels, plot_curve, styles
+from analysis.figures.base import Drawn, NoData, by_label, curve, figure_script, panels, plot_curve, styles
+from analysis.labels import method_name
 from research.quant.budget import budgets_from_config
 
 
@@ -40,7 +41,7 @@ def draw(rows: Sequence[Row], kind: str = "average_bits") -> Drawn:
     if not groups:
         raise NoData(f"no run of a search with a budget of {kind} that logged its cost")
     title, chosen = max(groups.items(), key=lambda group: len(group[1]))
-    searches = by_label(chosen, lambda row: f"{method(row)}, {budget_of(row, kind):g}")
+    searches = by_label(chosen, lambda row: f"{method_name(row)}, {budget_of(row, kind):g}")
     figure, (axis,) = panels(1, 1, width=5.2, height=3.4)
     table: list[tuple[Any, ...]] = []
     for name, look in styles(searches).items():

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from analysis.allocate import DEFAULTS, main
+from analysis.allocate import DEFAULTS, Options, main
 from analysis.collect import collect
 from analysis.figures import allocation_pareto
 from analysis.figures.allocation_bits import draw, gathered
 from analysis.figures.base import NoData, save
+from research.arguments import check_arguments
 from research.quant.allocation import Allocation
 from research.runs.allocation import ALLOCATION, read_allocation, read_table, write_allocation
 from research.runs.folder import RunFolder
@@ -234,3 +235,11 @@ def test_accuracy_against_cost(copies: dict[str, Path], tmp_path: Path) -> None:
         allocation_pareto.draw([uniform], costs="money")
     with pytest.raises(NoData, match="no run with quantizers"):
         allocation_pareto.draw(collect(str(copies["float"])))
+
+
+def test_every_option_has_a_type_and_a_default() -> None:
+    assert set(Options.__annotations__) == set(DEFAULTS) - {"run", "method", "budget", "output"}
+    given = {**DEFAULTS, **dict.fromkeys({"run", "method", "budget", "output"}, "x")}
+    check_arguments(main, given, key="")
+    with pytest.raises(ValueError, match="^images='abc': use an integer$"):
+        check_arguments(main, {**given, "images": "abc"}, key="")

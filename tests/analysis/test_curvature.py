@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from analysis.collect import collect
-from analysis.curvature import DEFAULTS, flat_values, main
+from analysis.curvature import DEFAULTS, Options, flat_values, main
 from analysis.ste_pitfall import END, PAGE, START, experiment, filled, markdown
 from research import results
+from research.arguments import check_arguments
 from research.learning.finalise import measure
 from research.results import finished_network, recorded_data, starting_network
 from research.runs.folder import RunFolder
@@ -186,3 +187,11 @@ def test_the_record_of_a_measurement_is_json(copy: Path) -> None:
     main(str(copy), **options())
     (path,) = (copy / "measurements").glob("curvature-*.json")
     assert json.loads(path.read_text())["settings"]["images"] == 12
+
+
+def test_every_option_has_a_type_and_a_default() -> None:
+    assert set(Options.__annotations__) == set(DEFAULTS) - {"runs"}
+    given = {**DEFAULTS, **dict.fromkeys({"runs"}, "x")}
+    check_arguments(main, given, key="")
+    with pytest.raises(ValueError, match="^images='abc': use an integer$"):
+        check_arguments(main, {**given, "images": "abc"}, key="")
