@@ -11,9 +11,8 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-import yaml
-
 from analysis.cli import script
+from analysis.configurations import read_yaml
 from analysis.run_state import FAILED, STATES, RunState, folder_at, run_state
 from research.runs.folder import RunFolder
 
@@ -62,7 +61,7 @@ def report(lines: list[Line]) -> str:
 def _typed(folder: RunFolder) -> str:
     if not folder.overrides_path.is_file():
         return ""
-    return " ".join(yaml.load(folder.overrides_path.read_text(), yaml.CSafeLoader) or [])
+    return " ".join(read_yaml(folder.overrides_path) or [])
 
 
 def main(sweep: str | None, overrides: str, runs: str | None) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from research.cli import command
-from research.config import build_data
 from research.deploy import load_artifact
-from research.results import artifact_places, deploy, test_batches
+from research.results import artifact_places, deploy, recorded_data, test_batches
 from research.runs.folder import RunFolder
-from research.runs.records import read_config, write_json
+from research.runs.records import read_config, read_summary, write_json
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +28,13 @@ def export(folder: RunFolder, paths: dict[str, str], output: Path | None = None)
     Returns:
         One row per deployment: sizes and the parity report, also written as ``parity.json`` beside the graph.
     """
-    config = {**read_config(folder.config_path), "paths": paths}
-    data = build_data(config, trusted=False)
-    batches = test_batches(data)
+    config, data = read_config(folder.config_path), recorded_data(folder, paths)
+    places, batches = artifact_places(folder), test_batches(data)
+    accuracies = {row["name"]: row["accuracy"] for row in read_summary(folder.summary_path)["deployments"]}
     rows = []
-    for name, source in artifact_places(folder).items():
+    for name, source in places.items():
         place = source if output is None else output / source.relative_to(folder.artifact)
-        meta = {"run": f"{folder.experiment}/{folder.hash}"}
+        meta = {"run": f"{folder.experiment}/{folder.hash}", "accuracy": accuracies[name]}
         row = {"name": name, **deploy(load_artifact(source), config, place, data, batches, meta, onnx=True)}
         write_json(place / "parity.json", row)
         rows.append(row)

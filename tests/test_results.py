@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from research.data import ImageDataModule
+from research.export import main as export
 from research.learning.finalise import finalise, measure
 from research.learning.module import QuantModule
 from research.results import statistics_batches
@@ -63,3 +64,15 @@ def test_a_run_records_its_accuracy_before_and_after_the_reestimation(tmp_path: 
 def measure_accuracy(module: QuantModule, data: ImageDataModule, batches: int) -> float:
     net = finalise(module, statistics_batches(data, batches))["final"]
     return measure(net, module.task, data.test_dataloader())["accuracy"]
+
+
+def test_an_export_in_place_leaves_the_artifact_as_it_was(tmp_path: Path) -> None:
+    done = command(train, *TINY, "trainer.max_epochs=1", "deploy.onnx=false", f"paths.runs={tmp_path}")
+    assert done.code == 0, done.err
+    artifact = run_folder(tmp_path) / "artifact"
+    before = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    done = command(export, f"run={artifact.parent}")
+    assert done.code == 0, done.err
+    after = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    assert set(after) - set(before) == {"model.onnx", "parity.json"}
+    assert {name: after[name] for name in before} == before

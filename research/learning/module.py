@@ -239,10 +239,19 @@ class QuantModule(pl.LightningModule):
     # -- training ----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Restore the generators of a resumed run; a fresh one gives every rank its own noise."""
+        """Restore the generators of a resumed run; a fresh one gives every rank its own noise.
+
+        Raises:
+            ValueError: the checkpoint is of another number of processes.
+        """
         if self._restored_rng is None:
             if self.global_rank > 0:
                 torch.manual_seed(self.hparams["seed"] + self.global_rank)
+        elif len(self._restored_rng) != self.trainer.world_size:
+            raise ValueError(
+                f"trainer.devices: {len(self._restored_rng)} processes wrote the checkpoint and "
+                f"{self.trainer.world_size} would go on, with other batches and noise; use as many as before"
+            )
         else:
             set_rng_state(self._restored_rng[self.global_rank])
             self._restored_rng = None
@@ -298,7 +307,7 @@ class QuantModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the generators' states until the fit starts."""
-        self._restored_rng = checkpoint.get("rng")
+        self._restored_rng = checkpoint["rng"]
 
     def plain_copy(self) -> FloatModel:
         """A deep copy of the network as it stands: eager, no hooks, in evaluation mode."""

@@ -180,3 +180,11 @@ def test_the_optimizer_is_the_one_asked_for() -> None:
     trainer = fit(make_module(optimizer={**SGD, "lr": 0.5}), max_epochs=1, limit_train_batches=1)
     assert isinstance(trainer.optimizers[0], torch.optim.SGD)
     assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    fit(make_module(), folder=tmp_path, max_epochs=1)
+    checkpoint = torch.load(tmp_path / LAST, weights_only=True)
+    torch.save({**checkpoint, "rng": checkpoint["rng"] * 2}, tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match="^trainer.devices: 2 processes wrote the checkpoint and 1 would go on"):
+        fit(make_module(), resume=tmp_path / "two.ckpt", max_epochs=2)

@@ -1,7 +1,9 @@
 import io
+import logging
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from research.runs.rng import rng_state, set_rng_state
@@ -21,3 +23,12 @@ def test_all_generators_go_on_after_a_weights_only_checkpoint() -> None:
     buffer.seek(0)
     set_rng_state(torch.load(buffer, weights_only=True))
     assert [draw(), draw()] == expected
+
+
+def test_other_devices_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    state, here = rng_state(), len(rng_state()["cuda"])
+    with caplog.at_level(logging.WARNING):
+        set_rng_state(state)
+        assert not caplog.messages
+        set_rng_state({**state, "cuda": [torch.zeros(16, dtype=torch.uint8)] * (here + 1)})
+    assert f"generators of {here + 1} CUDA devices were saved and there are {here} here" in caplog.text
