@@ -35,8 +35,8 @@ class SearchState(nn.Module):
         self.register_buffer("input_shape", torch.zeros(3, dtype=torch.int64))
 
 
-class Search(SearchState):
-    """That of a search with an end.
+class EndingSearch(SearchState):
+    """That of a search that decides all widths at one step.
 
     Attributes:
         over: whether the widths are decided.
@@ -52,10 +52,12 @@ class Search(SearchState):
 class BitSearch(Mechanic):
     """Knows the layers, what their widths may be, and what an allocation costs.
 
-    A subclass sets `budgets` when it is made and `layers`, `choices` and `state` when it is attached.
+    A subclass sets `budgets` and, where its search ends before the run does, `until` when it is made, and `layers`,
+    `choices` and `state` when it is attached.
 
     Attributes:
         budgets: all of them hold in the end; may be empty.
+        until: part of the run after which the widths are fixed.
         search_ends: whether the first and the last layer are searched too, instead of staying as they are.
         layers: the searched ones by name.
         choices: candidate widths of every layer of the network; a layer with one of them is fixed.
@@ -64,6 +66,7 @@ class BitSearch(Mechanic):
 
     claims: frozenset[Claim] = frozenset({"bits"})
     budgets: Sequence[Budget]
+    until: float
     search_ends: bool = False
     layers: dict[str, QuantLayer]
     choices: Choices
@@ -146,15 +149,16 @@ class BitSearch(Mechanic):
         found = [f"{each.cost(self.counts, allocation):.6g} of {each.value:.6g}" for each in self.budgets]
         return ", ".join(found) or "without a budget"
 
-    def present_cost(self, budget: Budget) -> float:
-        """What the present widths cost, in the unit of the budget."""
-        return budget.cost(self.counts, self.found())
-
     def metrics(self) -> dict[str, float]:
         """For the log: the present widths (``bits/<layer>.<slot>``) and what they cost (``cost/<kind of budget>``)."""
-        return self.found().metrics() | cost_metrics(self.budgets, self.present_cost)
+        found = self.found()
+        return found.metrics() | cost_metrics(self.budgets, lambda budget: budget.cost(self.counts, found))
 
     # -- the end -----------------------------------------------------------------------------------------------
+
+    def last_step(self, total: int) -> int:
+        """The optimizer step, counted from 0, of ``total`` in front of which widths are fixed."""
+        return max(1, min(total - 1, round(self.until * total)))
 
     def found(self) -> Allocation:
         """The allocation that the run ends with."""
@@ -163,7 +167,7 @@ class BitSearch(Mechanic):
     @property
     def over(self) -> bool:
         """Whether the widths are decided; those of a search without an end are at any time."""
-        return bool(self.state.over) if isinstance(self.state, Search) else True
+        return bool(self.state.over) if isinstance(self.state, EndingSearch) else True
 
     def require_over(self) -> None:
         """Raise ValueError where a finished network would have widths that are not decided."""

@@ -71,7 +71,7 @@ class BSQ(PlaneSearch):
 
     def is_due(self, step: int, total: int) -> bool:
         """Whether a re-quantization stands in front of optimizer step ``step``, counted from 0, of ``total``."""
-        last, every = self.fixing_step(total), max(1, round(self.interval * total))
+        last, every = self.last_step(total), max(1, round(self.interval * total))
         return step == last or 0 < step < last and step % every == 0
 
     def on_train_batch_start(
@@ -81,7 +81,7 @@ class BSQ(PlaneSearch):
         step, total = trainer.global_step, self.module.progress.total
         if not self.is_due(step, total) or int(self.state.mark) == step:
             return
-        if step == self.fixing_step(total):
+        if step == self.last_step(total):
             self.settle(self.quantizers)
             self.state.fixed.fill_(True)
         else:
@@ -104,7 +104,7 @@ class BSQ(PlaneSearch):
 
     def loss_terms(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
         """``bsq``: ``alpha / sum_l N_l sum_l N_l n_l G_l``; none once the widths are fixed, or with a strength of 0."""
-        done = self.module.progress.step >= self.fixing_step(self.module.progress.total)
+        done = self.module.progress.step >= self.last_step(self.module.progress.total)
         if done or self.strength == 0:
             return {}
         quantizers = list(self.quantizers.values())

@@ -99,7 +99,7 @@ class CSQ(PlaneSearch):
 
     def position(self, step: int, total: int) -> tuple[int, float]:
         """The round of ``step``, counted from 0, and what part of it is over; the last round has no end."""
-        progress = step / self.fixing_step(total) * self.rounds
+        progress = step / self.last_step(total) * self.rounds
         current = min(int(progress), self.rounds - 1)
         return current, progress - current
 
@@ -118,7 +118,7 @@ class CSQ(PlaneSearch):
         beta = temperature(progress, self.beta_max)
         for quantizer in quantizers:
             quantizer.beta.fill_(beta)
-        if step >= self.fixing_step(total) and not bool(self.state.fixed):
+        if step >= self.last_step(total) and not bool(self.state.fixed):
             for name, opened in self.masks(self.module.net).items():
                 self.quantizers[name].fix(torch.tensor(opened))
             self.state.fixed.fill_(True)
@@ -137,7 +137,7 @@ class CSQ(PlaneSearch):
 
     def loss_terms(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
         """``csq``: the penalty on the gates; none once they are fixed."""
-        if self.module.progress.step >= self.fixing_step(self.module.progress.total):
+        if self.module.progress.step >= self.last_step(self.module.progress.total):
             return {}
         quantizers = list(self.quantizers.values())
         gates = torch.stack([quantizer.gates for quantizer in quantizers])

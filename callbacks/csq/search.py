@@ -105,7 +105,7 @@ def make_exact(layer: QuantLayer, codes: Tensor, scale: Tensor, bits: int) -> No
     layer.weight.requires_grad_(True)
 
 
-class Search(SearchState):
+class PlaneState(SearchState):
     """Where a search stands: saved with the run.
 
     Attributes:
@@ -137,7 +137,7 @@ class PlaneSearch(BitSearch):
     """
 
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
-    state: Search
+    state: PlaneState
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class PlaneSearch(BitSearch):
         self.choices = self.choices_of(
             module.net, lambda present: [LayerBits(width_of(span), present.input) for span in range(self.planes + 1)]
         )
-        self.state = Search()
+        self.state = PlaneState()
         module.mechanics[self.slug] = self.state
 
     @property
@@ -233,10 +233,6 @@ class PlaneSearch(BitSearch):
             }
         )
         return not self.is_prepared or self.within(allocation)
-
-    def fixing_step(self, total: int) -> int:
-        """The optimizer step, of ``total``, in front of which the widths are fixed: the last one at the latest."""
-        return max(1, min(round(self.until * total), total - 1))
 
     # -- end ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, Search
+from callbacks.bit_search import BitSearch, EndingSearch
 from callbacks.drop_bits.formulas import kept_bits, odds_against
 from callbacks.drop_bits.quantizer import DroppedBits
 from research.learning.evaluation import Evaluation
@@ -56,7 +56,7 @@ class DropBits(BitSearch):
 
     slug = "drop_bits"
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
-    state: Search
+    state: EndingSearch
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class DropBits(BitSearch):
                     f"callbacks.{self.slug}: {name} is {type(quantizer).__name__}, and only bits of srq are dropped; "
                     "use quantizer=srq and quantizer.widths=[]"
                 )
-        self.state = Search()
+        self.state = EndingSearch()
         module.mechanics[self.slug] = self.state
         self.dropped: dict[str, DroppedBits] = {}
         if self.keep == 1:
@@ -161,8 +161,7 @@ class DropBits(BitSearch):
 
     def last_step(self, total: int) -> int:
         """The optimizer step of ``total``, counted from 0, in front of which dropping ends; a search has an end."""
-        step = max(1, round(self.until * total))
-        return min(step, total - 1) if self.strength else step
+        return super().last_step(total) if self.strength else max(1, round(self.until * total))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -16,14 +16,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, Search
+from callbacks.bit_search import BitSearch, EndingSearch
 from callbacks.edge_mpq.formulas import GRADIENT_DEPENDENT, SURROGATES, Surrogate, ramp
 from callbacks.edge_mpq.pressure import coarsen_until, penalty, present_layers
 from callbacks.edge_mpq.quantizer import StepRange
 from research.learning.evaluation import Evaluation
 from research.learning.mechanic import Claim, ParameterGroup
 from research.quant.allocation import Allocation, LayerBits
-from research.quant.budget import UNITS, Budget, Choices, Kind, budgets_from_config
+from research.quant.budget import UNITS, Budget, Choices, Kind, budgets_from_config, cost_metrics
 from research.quant.cost import FLOAT_BITS, input_memory
 from research.quant.layers import QuantLayer, quant_layers
 from research.quant.quantizers import Quantizer, build_quantizer
@@ -75,7 +75,7 @@ class EdgeMPQ(BitSearch):
 
     slug = "edge_mpq"
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
-    state: Search
+    state: EndingSearch
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class EdgeMPQ(BitSearch):
                         )
                     setattr(layer, f"{role}_quantizer", self.make(source, layer, role))
         self.choices = self.reachable
-        self.state = Search()
+        self.state = EndingSearch()
         module.mechanics[self.slug] = self.state
 
     def make(self, source: Quantizer, layer: QuantLayer, role: Role) -> Quantizer:
@@ -207,10 +207,6 @@ class EdgeMPQ(BitSearch):
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def last_step(self, total: int) -> int:
-        """The optimizer step, counted from 0, of ``total`` in front of which the search ends."""
-        return max(1, min(total - 1, round(self.until * total)))
-
     def moves(self, step: int) -> bool:
         """Whether steps and ranges take part in optimizer step ``step``, counted from 0."""
         return not bool(self.state.over) and (step + 1) % self.update_every == 0
@@ -258,9 +254,9 @@ class EdgeMPQ(BitSearch):
         """What the widths of ``net``, this network or a copy, cost; with slices each at its own width."""
         return float(budget.cost_of(self.counts, present_layers(self.counts, net)))
 
-    def present_cost(self, budget: Budget) -> float:
+    def metrics(self) -> dict[str, float]:
         """As of every search; with slices each at its own width."""
-        return self.cost(budget, self.module.net)
+        return self.found().metrics() | cost_metrics(self.budgets, lambda each: self.cost(each, self.module.net))
 
     def end(self) -> None:
         """Fix steps and ranges, coarser where a budget is not met."""

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, Search
+from callbacks.bit_search import BitSearch, EndingSearch
 from callbacks.samq.choice import Picks, drawn_near
 from callbacks.samq.layers import Switched, leaders, require_switchable, switch
 from callbacks.samq.learner import Learner
@@ -68,7 +68,7 @@ class SAMQ(BitSearch):
 
     slug = "samq"
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer", "batchnorm"})
-    state: Search
+    state: EndingSearch
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class SAMQ(BitSearch):
         self.policy.initialise(self.rng(-1))
         self.learner = Learner(self.policy, self.lr, self.beta, self.momentum)
         self.present: Picks = (len(self.bits) - 1,) * len(self.decisions)
-        self.state = Search(over=not self.switched)
+        self.state = EndingSearch(over=not self.switched)
         module.mechanics[self.slug] = self.state
 
     def _candidates(self, present: LayerBits) -> list[LayerBits]:
@@ -188,10 +188,6 @@ class SAMQ(BitSearch):
         return self.budget.cost(self.counts, self.allocation(picks))
 
     # -- training the network ----------------------------------------------------------------------------------
-
-    def last_step(self, total: int) -> int:
-        """The optimizer step, counted from 0, of ``total`` in front of which the search ends."""
-        return max(1, min(total - 1, round(self.until * total)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the images that the policy learns on."""

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from callbacks.bit_search import BitSearch, Search, forget_momenta
+from callbacks.bit_search import BitSearch, EndingSearch, forget_momenta
 from callbacks.sdq.formulas import CHOICES, WEIGHTINGS, Choice, Weighting, improbabilities, logistic_noise
 from callbacks.sdq.pressure import qer, size_hinge
 from callbacks.sdq.quantizer import StochasticWidth
@@ -62,7 +62,7 @@ class SDQ(BitSearch):
 
     slug = "sdq"
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
-    state: Search
+    state: EndingSearch
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class SDQ(BitSearch):
                 coin = StochasticWidth(layer.weight_quantizer, pair, self.start, self.tau, self.choice)
                 replace_module(net, f"{name}.weight_quantizer", coin)
                 self.coins[name] = coin
-        self.state = Search(over=not self.coins)
+        self.state = EndingSearch(over=not self.coins)
         module.mechanics[self.slug] = self.state
 
     def parameter_groups(self, module: QuantModule) -> list[ParameterGroup]:
@@ -153,10 +153,6 @@ class SDQ(BitSearch):
         self._end_if_settled()
 
     # -- a step ------------------------------------------------------------------------------------------------
-
-    def last_step(self, total: int) -> int:
-        """The optimizer step, counted from 0, of ``total`` in front of which the search ends."""
-        return max(1, min(total - 1, round(self.until * total)))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

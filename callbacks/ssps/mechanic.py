@@ -48,7 +48,7 @@ Pick = Literal["sample", "argmax"]
 PICKS: tuple[Pick, ...] = get_args(Pick)
 
 
-class Search(SearchState):
+class CellState(SearchState):
     """What the mechanic keeps in checkpoints next to its cells.
 
     Attributes:
@@ -91,7 +91,7 @@ class SSPS(BitSearch):
 
     slug = "ssps"
     claims: frozenset[Claim] = frozenset({"bits", "weight_quantizer"})
-    state: Search
+    state: CellState
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class SSPS(BitSearch):
                 cell = SearchCell(source, self.widths[name][slot], self.grad)
                 replace_module(net, f"{name}.{slot}_quantizer", cell)
                 self.cells[f"{name}.{slot}"] = cell
-        self.state = Search()
+        self.state = CellState()
         module.mechanics[self.slug] = self.state
 
     def parameter_groups(self, module: QuantModule) -> list[ParameterGroup]:
@@ -251,7 +251,7 @@ class SSPS(BitSearch):
 
     def span(self, total: int) -> tuple[int, int]:
         """The optimizer steps, counted from 0, of ``total`` in front of which the warm-up and the search end."""
-        end = max(1, min(total - 1, round(self.until * total)))
+        end = self.last_step(total)
         return min(round(self.warmup * total), end - 1), end
 
     @property

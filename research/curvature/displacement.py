@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from research.curvature.sharpness import Loss, accumulated_gradients, mean_loss, network_at
 from research.curvature.surface import WEIGHTS
-from research.data.images import batch_generator
+from research.data.images import keyed_generator
 from research.deploy.deployed import DeployedWeight
 from research.learning.evaluation import Network
 from research.learning.perturbation import moved_parameters
@@ -98,7 +98,7 @@ def random_direction(points: Named, seed: int, index: int) -> dict[str, Tensor]:
     """
     return {
         name: torch.randn(
-            point.shape, generator=batch_generator(seed, "direction", index, name), dtype=torch.float64
+            point.shape, generator=keyed_generator(seed, "direction", index, name), dtype=torch.float64
         ).to(point.device, point.dtype)
         for name, point in points.items()
     }

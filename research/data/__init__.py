@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from research.data.augment import Augmentation
-from research.data.images import ImageSet, ImageSplits, batch_generator, stratified_split
+from research.data.images import ImageSet, ImageSplits, keyed_generator, stratified_split
 from research.data.loader import ImageLoader
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ __all__ = [
     "ImageLoader",
     "ImageSet",
     "ImageSplits",
-    "batch_generator",
+    "keyed_generator",
     "stratified_split",
 ]
 

@@ -50,7 +50,7 @@ def draw(count: int, offsets: tuple[int, int], size: int, generator: torch.Gener
         count: number of images.
         offsets: how many places the crop's top and its left edge can take.
         size: side of the crop in pixels, the range of the cutout's centre.
-        generator: see `research.data.images.batch_generator`.
+        generator: see `research.data.images.keyed_generator`.
 
     Returns:
         int64 (count, 5) on the CPU: top, left, flip (0 or 1), row and column of the cutout's centre.

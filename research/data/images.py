@@ -54,7 +54,7 @@ class ImageSplits:
     image_size: int
 
 
-def batch_generator(seed: int, *key: int | str) -> torch.Generator:
+def keyed_generator(seed: int, *key: int | str) -> torch.Generator:
     """Return the CPU random generator of one decision, named by `seed` and `key`.
 
     The 63-bit seed is taken from a SHA-256 of the key, so that any decision (the order of an epoch, the augmentation of
@@ -85,7 +85,7 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     order = torch.argsort(remainders, descending=True, stable=True)
     shares[order[: count - int(shares.sum())]] += 1
 
-    generator = batch_generator(seed, "split")
+    generator = keyed_generator(seed, "split")
     is_held = torch.zeros(total, dtype=torch.bool)
     for label, share in enumerate(shares.tolist()):
         members = torch.nonzero(labels == label).flatten()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from research.data.augment import Augmentation, centre_crop, crop_flip, cutout, draw, normalise, pad_images
-from research.data.images import ImageSet, batch_generator
+from research.data.images import ImageSet, keyed_generator
 
 
 class ImageLoader:
@@ -129,7 +129,7 @@ class ImageLoader:
         device = self.images.labels.device
         if not self.shuffle:
             return torch.arange(len(self.images), device=device)
-        generator = batch_generator(self.seed, self.stream, "order", self._epoch)
+        generator = keyed_generator(self.seed, self.stream, "order", self._epoch)
         return torch.randperm(len(self.images), generator=generator).to(device)
 
     def _batch(self, order: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class ImageLoader:
         pixels = self.images.images
         if self.augment is None:
             return normalise(centre_crop(pixels, rows, self.size), self._mean, self._std), labels
-        generator = batch_generator(self.seed, self.stream, "augment", self._epoch, index)
+        generator = keyed_generator(self.seed, self.stream, "augment", self._epoch, index)
         offsets = (pixels.shape[1] - self.size + 1, pixels.shape[2] - self.size + 1)
         draws = draw(count, offsets, self.size, generator)[mine].to(pixels.device)
         cropped = crop_flip(pixels, rows, draws, self.size, self.augment.flip)

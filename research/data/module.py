@@ -15,7 +15,7 @@ from research.data.cifar import CIFAR10, CIFAR100, download_cifar, load_cifar
 from research.data.embedded import load_embedded
 from research.data.fashion_mnist import load_fashion_mnist
 from research.data.image_folder import load_image_folder
-from research.data.images import ImageSet, ImageSplits, batch_generator, stratified_split
+from research.data.images import ImageSet, ImageSplits, keyed_generator, stratified_split
 from research.data.loader import ImageLoader
 from research.data.synthetic import load_synthetic
 
@@ -179,7 +179,7 @@ class ImageDataModule(LightningDataModule):
         """Return `count` batches of different training images, not augmented, fixed by `seed`, equal on all ranks."""
         self.check_calibration("calibration.batches", count, batch_size)
         train = self._part("train")
-        order = torch.randperm(len(train), generator=batch_generator(self.seed, "calibration"))
+        order = torch.randperm(len(train), generator=keyed_generator(self.seed, "calibration"))
         chosen = train.subset(order[: count * batch_size].to(train.labels.device))
         return list(
             ImageLoader(chosen, batch_size, size=self.image_size, mean=self.mean, std=self.std, device=self._device)

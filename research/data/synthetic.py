@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from research.data.images import ImageSet, ImageSplits, batch_generator
+from research.data.images import ImageSet, ImageSplits, keyed_generator
 
 COARSE = 4
 
@@ -33,13 +33,13 @@ def load_synthetic(
     if not 0 <= noise <= 255:
         raise ValueError(f"data.options.noise={noise}: use 0..255")
     shape = (num_classes, COARSE, COARSE, in_channels)
-    coarse = torch.randint(256, shape, generator=batch_generator(seed, "synthetic", "patterns"))
+    coarse = torch.randint(256, shape, generator=keyed_generator(seed, "synthetic", "patterns"))
     cells = torch.arange(image_size) * COARSE // image_size
     patterns = coarse[:, cells][:, :, cells]
 
     def part(name: str, count: int) -> ImageSet:
         labels = torch.arange(count) % num_classes
-        generator = batch_generator(seed, "synthetic", name)
+        generator = keyed_generator(seed, "synthetic", name)
         shift = torch.randint(-noise, noise + 1, (count, image_size, image_size, in_channels), generator=generator)
         return ImageSet((patterns[labels] + shift).clamp(0, 255).to(torch.uint8), labels)
 

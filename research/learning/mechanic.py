@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from research.data.images import keyed_generator
 from research.learning.evaluation import Evaluation, Objective
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class Mechanic(Callback):
 
     def rng(self, step: int) -> torch.Generator:
         """A CPU generator for decisions of ``step``: the same on all ranks, in all passes, after every resume."""
-        key = f"{self.module.progress.seed}/{self.slug}/{step}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8]) >> 1)
+        return keyed_generator(self.module.progress.seed, self.slug, step)
 
     def attach(self, module: QuantModule) -> None:
         """Find layers (none: raise ValueError), fill slots, register state of final shape. No data, no files."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -46,9 +47,10 @@ def convert(
     _replace_modules(net, recipe, build_module)
     sources = {name: module for name, module in net.named_modules() if type(module) in SOURCES}
     table = recipe.resolve(list(sources), first, last)
+    make = partial(_make, recipe)
     for name, source in sources.items():
         layer = SOURCES[type(source)](source)
-        _fill(layer, table[name], recipe)
+        fill_slots(layer, table[name], make)
         replace_module(net, name, layer)
     if recipe.fold_bn is not None:
         fold_into_quant(net, conv_bn, recipe.fold_bn)
@@ -58,22 +60,31 @@ def convert(
     return table
 
 
-def _fill(layer: QuantLayer, specs: Mapping[str, QuantizerSpec | None], recipe: Recipe) -> None:
+def fill_slots(
+    layer: QuantLayer, specs: Mapping[str, QuantizerSpec | None], make: Callable[..., Quantizer] = build_quantizer
+) -> None:
+    """Give a layer without quantizers those of ``specs``, by slot.
+
+    Args:
+        layer: the layer.
+        specs: ``weight``, ``input`` and ``output``.
+        make: makes a quantizer of specification, shape, channel axis and role.
+    """
     shape = tuple(layer.weight.shape)
     if (spec := specs["weight"]) is not None:
-        layer.weight_quantizer = _make(spec, shape, layer.channel_axis, "weight", recipe)
+        layer.weight_quantizer = make(spec, shape, layer.channel_axis, "weight")
         if layer.weight_quantizer.owns_weight:
             layer.weight.requires_grad_(False)
     if (spec := specs["input"]) is not None:
-        layer.input_quantizer = _make(spec, (), None, "input", recipe)
+        layer.input_quantizer = make(spec, (), None, "input")
     if (spec := specs["output"]) is not None:
-        layer.output_quantizer = _make(spec, (), None, "output", recipe)
+        layer.output_quantizer = make(spec, (), None, "output")
     elif any(q is not None and q.output_scale for q in (layer.weight_quantizer, layer.input_quantizer)):
         layer.output_quantizer = OutputScale()
 
 
 def _make(
-    spec: QuantizerSpec, shape: tuple[int, ...], channel_axis: int | None, role: Role, recipe: Recipe
+    recipe: Recipe, spec: QuantizerSpec, shape: tuple[int, ...], channel_axis: int | None, role: Role
 ) -> Quantizer:
     if recipe.widths and spec.bits in recipe.widths:
         return PerWidth(spec, shape, channel_axis, role, recipe.widths)
@@ -108,7 +119,7 @@ def _quantize_outputs(net: nn.Module, recipe: Recipe) -> None:
         if spec is None:
             raise ValueError(f"{key}.quantizer: name a quantizer with bits below 32, or leave the entry out")
         for name in _parameter_free(net, rule.match, key):
-            replace_module(net, name, QuantOutput(net.get_submodule(name), _make(spec, (), None, "output", recipe)))
+            replace_module(net, name, QuantOutput(net.get_submodule(name), _make(recipe, spec, (), None, "output")))
 
 
 def _switch_batchnorms(net: nn.Module, recipe: Recipe) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Choices
 from research.quant.calibrate import calibrate
+from research.quant.convert import fill_slots
 from research.quant.layers import SLOTS, QuantLayer, quant_layers
-from research.quant.output_scale import OutputScale
 from research.quant.passes import rebound
-from research.quant.quantizers import build_quantizer
 from research.quant.recipe import Table
 
 Elsewhere = Literal["float", "widest"]
@@ -40,17 +39,10 @@ def with_quantizers(net: nn.Module, table: Table) -> nn.Module:
     """
     net = copy.deepcopy(net)
     for name, layer in quant_layers(net):
-        specs = table[name]
-        shape = tuple(layer.weight.shape)
         try:
-            if (spec := specs["weight"]) is not None:
-                layer.weight_quantizer = build_quantizer(spec, shape, layer.channel_axis, "weight")
-            if (spec := specs["input"]) is not None:
-                layer.input_quantizer = build_quantizer(spec, (), None, "input")
+            fill_slots(layer, table[name])
         except ValueError as error:
             raise ValueError(f"allocation.{name}: {error}") from None
-        if any(found is not None and found.output_scale for found in (layer.weight_quantizer, layer.input_quantizer)):
-            layer.output_quantizer = OutputScale()
     return net
 
 

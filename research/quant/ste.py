@@ -1,9 +1,10 @@
-"""The straight-through estimator: the one place where a rounded value meets the gradient of something else.
+"""The straight-through estimator in its reference form: where a rounded value meets the gradient of something else.
 
-Everything is written in the *detach form*, ``value + (surrogate - surrogate.detach())``: the forward pass gives
-``value`` exactly (the bracket is zero), every derivative of any order is that of ``surrogate``. A hand-written
-``autograd.Function`` that saves tensors for its backward has the same first derivatives but wrong second ones
-(its Hessian is not even symmetric), so it must not be used where curvature is measured.
+The *detach form*, ``value + (surrogate - surrogate.detach())``: the forward pass gives ``value`` exactly (the bracket
+is zero), every derivative of any order is that of ``surrogate``. A hand-written ``autograd.Function`` that saves
+tensors for its backward has the same first derivatives and, in general, wrong second ones (its Hessian is not even
+symmetric). Those of `research.quant.fused` are tested against this form: they refuse a second derivative, or are
+linear in the upstream gradient (``affine``), so that there is none to get wrong.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 import pytest
 import torch
 
-from research.data import Augmentation, batch_generator
+from research.data import Augmentation, keyed_generator
 from research.data.augment import centre_crop, crop_flip, cutout, draw, normalise, pad_images
 
 
 @pytest.fixture
 def images():
-    return torch.randint(256, (7, 10, 12, 3), generator=batch_generator(0), dtype=torch.uint8)
+    return torch.randint(256, (7, 10, 12, 3), generator=keyed_generator(0), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_crop_flip_equals_a_loop_over_samples(images, flip):
     rows = torch.tensor([3, 3, 0, 6, 5, 1, 2, 4] * 4)
-    draws = draw(len(rows), (10 - 8 + 1, 12 - 8 + 1), 8, batch_generator(1))
+    draws = draw(len(rows), (10 - 8 + 1, 12 - 8 + 1), 8, keyed_generator(1))
     batch = crop_flip(images, rows, draws, 8, flip)
     for index, row in enumerate(rows.tolist()):
         top, left, mirrored = draws[index, :3].tolist()
@@ -22,7 +22,7 @@ def test_crop_flip_equals_a_loop_over_samples(images, flip):
 
 
 def test_draws_cover_their_ranges():
-    draws = draw(2000, (3, 5), 8, batch_generator(2))
+    draws = draw(2000, (3, 5), 8, keyed_generator(2))
     assert draws.amin(dim=0).tolist() == [0, 0, 0, 0, 0]
     assert draws.amax(dim=0).tolist() == [2, 4, 1, 7, 7]
     assert draws[:, 2].float().mean() == pytest.approx(0.5, abs=0.05)
@@ -54,7 +54,7 @@ def test_normalise_equals_the_formula_in_channels_last(images):
 @pytest.mark.parametrize("size", [1, 4, 5])
 def test_cutout_equals_a_loop_over_samples(size):
     batch = torch.ones(40, 2, 8, 8)
-    draws = draw(40, (1, 1), 8, batch_generator(3))
+    draws = draw(40, (1, 1), 8, keyed_generator(3))
     erased = cutout(batch, draws, size)
     for index in range(40):
         row, column = draws[index, 3:].tolist()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from research.data import ImageSet, batch_generator, stratified_split
+from research.data import ImageSet, keyed_generator, stratified_split
 
 
 def test_image_set_refuses_other_shapes_and_dtypes():
@@ -21,15 +21,15 @@ def test_subset_keeps_order_and_copies():
 
 def test_generator_depends_on_every_part_of_the_key_only():
     def first(*key):
-        return int(torch.randint(1 << 40, (), generator=batch_generator(*key)))
+        return int(torch.randint(1 << 40, (), generator=keyed_generator(*key)))
 
     assert first(1, "a", 2) == first(1, "a", 2)
     assert len({first(1, "a", 2), first(2, "a", 2), first(1, "b", 2), first(1, "a", 3), first(1, "a", 23)}) == 5
-    assert batch_generator(0, "train", "order", 0).initial_seed() == 2813081678136487167
+    assert keyed_generator(0, "train", "order", 0).initial_seed() == 2813081678136487167
 
 
 def test_stratified_split_is_proportional_disjoint_and_seeded():
-    labels = torch.arange(300)[torch.randperm(300, generator=batch_generator(3))] % 10
+    labels = torch.arange(300)[torch.randperm(300, generator=keyed_generator(3))] % 10
     labels[labels == 9] = 0
     keep, held = stratified_split(labels, 50, seed=1)
     assert sorted(torch.cat([keep, held]).tolist()) == list(range(300))

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from research.data import Augmentation, ImageLoader, ImageSet, batch_generator
+from research.data import Augmentation, ImageLoader, ImageSet, keyed_generator
 
 COUNT = 53
 
 
 @pytest.fixture(scope="module")
 def images():
-    pixels = torch.randint(256, (COUNT, 8, 8, 3), generator=batch_generator(0), dtype=torch.uint8)
+    pixels = torch.randint(256, (COUNT, 8, 8, 3), generator=keyed_generator(0), dtype=torch.uint8)
     return ImageSet(pixels, torch.arange(COUNT))
 
 

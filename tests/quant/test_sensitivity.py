@@ -7,6 +7,7 @@ from torch import nn
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Choices
 from research.quant.convert import convert
+from research.quant.layers import quant_layers
 from research.quant.passes import passes
 from research.quant.recipe import Recipe
 from research.quant.sensitivity import (
@@ -15,6 +16,7 @@ from research.quant.sensitivity import (
     hessian_sensitivities,
     perturbation_sensitivities,
     weight_errors,
+    with_quantizers,
     without_quantizers,
 )
 
@@ -41,6 +43,13 @@ def test_a_float_copy_and_candidates():
     with torch.no_grad(), passes(nets[WIDE], mode="identity"):
         torch.testing.assert_close(nets[WIDE](x), latent(x))
     assert torch.equal(nets[WIDE][0].weight, latent[0].weight)
+
+
+def test_output_quantizers_of_the_recipe_are_filled_too():
+    latent, base, _, _ = setting()
+    output = {name: {**slots, "output": base["0"]["input"]} for name, slots in base.items()}
+    net = with_quantizers(latent, output)
+    assert all(layer.output_quantizer is not None for _, layer in quant_layers(net))
 
 
 def test_filled_layers_are_those_of_the_candidates():
