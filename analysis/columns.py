@@ -70,15 +70,21 @@ def widths_from(row: Row) -> str | None:
     return "+".join(_searches(row)) or (None if weight_quantizer(config) == "float" else "recipe")
 
 
-def bits(row: Row) -> str:
-    """Weight and input bits, such as ``4/4``; ``searched`` where a mechanic with a budget chose them."""
+def widths(row: Row) -> tuple[int, int] | None:
+    """Bits of weights and inputs as the recipe states them, 32 for float; None where a table or a search chose them."""
     quantizer = row["config"].get("quantizer") or {}
-    if quantizer.get("table"):
-        return "table"
-    if _searches(row):
-        return "searched"
-    weight, inputs = quantizer.get("weight") or {}, quantizer.get("input") or {}
-    return f"{weight.get('bits', 32)}/{inputs.get('bits', 32)}"
+    if quantizer.get("table") or _searches(row):
+        return None
+    weight, inputs = ((quantizer.get(slot) or {}).get("bits", 32) for slot in ("weight", "input"))
+    return weight, inputs
+
+
+def bits(row: Row) -> str:
+    """Weight and input bits, such as ``4/4``; ``table`` or ``searched`` where these chose them."""
+    stated = widths(row)
+    if stated is not None:
+        return f"{stated[0]}/{stated[1]}"
+    return "table" if (row["config"].get("quantizer") or {}).get("table") else "searched"
 
 
 def _experiment(row: Row) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.columns import bits, weight_quantizer, widths_from
+from analysis.columns import weight_quantizer, widths, widths_from
 from analysis.rows import Row
 
 MEASURING = ("bin_occupancy", "curvature_probe", "oscillation_tracker", "weight_flips")
@@ -26,12 +26,6 @@ def method_name(row: Row) -> str:
     if quantizer == "float":
         return " + ".join(mechanics) or "SGD"
     return " + ".join([NAMES.get(quantizer, quantizer), *(name for name in mechanics if name != NAMES.get(quantizer))])
-
-
-def widths(row: Row) -> tuple[int, int] | None:
-    """Bits of weights and inputs as the recipe states them, 32 for float; None where a table or a search chose them."""
-    weight, _, inputs = bits(row).partition("/")
-    return (int(weight), int(inputs)) if inputs else None
 
 
 def widths_name(row: Row) -> str:

@@ -12,9 +12,10 @@ from statistics import mean
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis.collect import Row
+from analysis.columns import widths
 from analysis.distributions import distributions
 from analysis.figures.base import Drawn, NoData, figure_script, panels, styles
-from analysis.labels import method_name, widths
+from analysis.labels import method_name
 
 METHODS = ("LSQ", "LQ-Nets")
 SLOTS = ("weight", "input")

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from analysis.collect import Row
+from analysis.columns import widths
 from analysis.distributions import density, distributions
 from analysis.figures.base import Drawn, NoData, figure_script, panels
-from analysis.labels import method_name, widths
+from analysis.labels import method_name
 from analysis.rows import label
 
 SLOTS = ("weight", "input")

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from analysis.collect import collect
-from analysis.labels import method_name, setting, widths
+from analysis.columns import widths
+from analysis.labels import method_name, setting
 
 RECORDS = Path(__file__).parents[2] / "docs/results/records"
 
