@@ -19,12 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from analysis.cli import REQUIRED, script
-from analysis.subject import DATA, Subject, listed
+from analysis.subject import DATA, Subject, listed, use_threads
 from research.curvature.batches import FixedBatches
 from research.curvature.operators import CurvatureOperator
 from research.curvature.progress import progress
@@ -34,6 +33,7 @@ from research.error_line import CONF
 from research.learning.finalise import SINGLE
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Budget, Choices, Counts, budgets_from_config
+from research.quant.calibrate import calibrate
 from research.quant.ilp import allocate, total
 from research.quant.layers import quant_layers
 from research.quant.recipe import FLOAT_BITS, Recipe, Table, table_to_plain
@@ -139,12 +139,13 @@ class Network:
         ends = (structure.first, structure.last)
         self.fixed = () if options["first_last"] is None else ends
         self.choices = choices_of(
-            self.base, listed(options["bits"]), options["input_bits"], options["first_last"], ends
+            self.base, listed("bits", options["bits"]), options["input_bits"], options["first_last"], ends
         )
         self.data = recorded_data(folder, {"data": options["data"]})
         shape = (self.data.in_channels, self.data.image_size, self.data.image_size)
         widest = Allocation({name: max(options) for name, options in self.choices.items()})
         self.latent = without_quantizers(self.net)
+        self.uncalibrated = candidates(self.latent, self.base, self.choices)  # refuses what a quantizer does not take
         self.counts = Counts.of(with_quantizers(self.latent, widest.table(self.base)), shape, *ends)
 
     @cached_property
@@ -158,7 +159,9 @@ class Network:
     def candidates(self) -> dict[LayerBits, nn.Module]:
         """Calibrated networks, one for each candidate."""
         inputs: list[Tensor] = [batch[0] for batch in self.subject.batches]
-        return candidates(self.latent, self.base, self.choices, inputs)
+        for net in self.uncalibrated.values():
+            calibrate(net, inputs)
+        return self.uncalibrated
 
     def sensitivities(self, method: str) -> dict[str, dict[LayerBits, float]]:
         """What each candidate of each layer costs, from the run folder or measured and kept there."""
@@ -234,8 +237,10 @@ def choices_of(
     Raises:
         ValueError: not a width.
     """
-    if input_bits != "same" and not isinstance(input_bits, int):
+    if input_bits != "same" and (not isinstance(input_bits, int) or input_bits < 1):
         raise ValueError(f"input_bits={input_bits}: use same, or one width such as 8")
+    if first_last is not None and first_last < 1:
+        raise ValueError(f"first_last={first_last}: use one width such as 8, or null to search these layers too")
     found = {}
     for name, slots in base.items():
         fixed = first_last if name in ends else None
@@ -303,13 +308,14 @@ def main(run: str, method: str, budget: Any, output: str, **options: Unpack[Opti
             f"table={options['table']}: method=shuffled needs the allocation.yaml to shuffle, no other one"
         )
     budgets = budgets_from_config(budget)
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
+    use_threads(options["threads"])
     of = Network(RunFolder.existing(run), options)
     allocation = chosen(of, method, budgets)
     print(report(of, allocation, budgets))
     write_allocation(Path(output), allocation, of.base)
-    print(f"wrote {output}: train with quantizer.table={output}")
+    recipe = options["quantizer"]
+    also = ", all else as in the run" if recipe is None else f" quantizer={recipe}"
+    print(f"wrote {output}: train with quantizer.table={output}{also}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def weight_quantizer(config: Mapping[str, Any]) -> str:
     """The name of the quantizer that most weights have, ``float`` for none."""
     quantizer = config.get("quantizer") or {}
     slots = [layer.get("weight") for layer in (quantizer.get("table") or {}).values()] or [quantizer.get("weight")]
-    names = Counter("float" if slot is None else slot.get("name", "float") for slot in slots)
+    names = Counter("float" if slot is None or slot.get("bits") == 32 else slot.get("name", "float") for slot in slots)
     return names.most_common(1)[0][0]
 
 

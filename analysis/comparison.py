@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import yaml
 
 from analysis.cells import Cell, cell
 from analysis.columns import FOUR_DIGITS, Column, columns, split_names
@@ -142,15 +144,38 @@ def baselines_of(groups: Sequence[Group], baseline: str, block: str, within: str
 
 
 def fits(group: Group, wanted: str) -> bool:
-    """Whether a group has a method or experiment, or the values of ``column=value`` pairs separated by commas."""
+    """Whether a group has a method or experiment, or the values of ``column=value`` pairs separated by commas.
 
-    def written(column: Column) -> str:
-        return cell(group, column).written()[0]
-
+    A value is what the table shows, or of a key of the configuration what an override would say: ``2e-2`` is 0.02.
+    """
     if "=" not in wanted:
-        return wanted in {written(column) for column in columns(("method", "experiment"), group)}
+        return wanted in {_written(group, column) for column in columns(("method", "experiment"), group)}
     pairs = [pair.partition("=") for pair in split_names(wanted)]
-    return all(written(_column(name, group)) == value for name, _, value in pairs)
+    return all(_has(group, _column(name, group), value) for name, _, value in pairs)
+
+
+def _written(group: Group, column: Column) -> str:
+    return cell(group, column).written()[0]
+
+
+def _has(group: Group, column: Column, value: str) -> bool:
+    if _written(group, column) == value:
+        return True
+    meant = _override_value(value)
+    found = [column.value(row) for row in group] if column.number is None else []
+    return bool(found) and all(one == meant and isinstance(one, bool) == isinstance(meant, bool) for one in found)
+
+
+def _override_value(text: str) -> Any:
+    """What ``text`` means on the right of an override: a number, true or false, null, a list, or itself."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _column(name: str, group: Group) -> Column:

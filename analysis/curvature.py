@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
 from analysis.cli import REQUIRED, script
 from analysis.collect import Row, collect
-from analysis.subject import DATA, Subject, listed, run_folder
+from analysis.subject import DATA, Subject, listed, run_folder, use_threads
 from research.curvature.batches import FixedBatches
 from research.curvature.estimates import shown
 from research.curvature.operators import CurvatureOperator
@@ -86,7 +86,7 @@ class Options(TypedDict):
     per_quantizer: bool
     keep_graphs: bool
     threads: int | None
-    wandb: str
+    wandb: Literal["offline", "online", "disabled"]
     data: str
     checkpoints: str
 
@@ -261,12 +261,12 @@ def main(runs: str, **options: Unpack[Options]) -> None:
             ``density_steps``); ``keep_graphs`` (faster, with memory for all images at once); ``threads``; ``wandb``
             (offline, online, disabled); folders ``data`` and ``checkpoints``.
     """
-    options["kinds"] = listed(options["kinds"])
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
+    options["kinds"] = listed("kinds", options["kinds"])
+    seeds = listed("seeds", options["seeds"])
+    use_threads(options["threads"])
     for folder, name in networks(collect(runs), options["deployment"], options["initial"]):
         subject = Measured(folder, name, options)
-        for seed in listed(options["seeds"]):
+        for seed in seeds:
             record = subject.spectrum(seed)
             print(line(folder, name, record), flush=True)
             for option in PARTS:

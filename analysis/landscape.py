@@ -196,7 +196,7 @@ def main(
         raise ValueError(f"dimensions={dimensions}: use 1 or 2")
     positions(span, points)
     settings = {
-        "site": site, "dimensions": dimensions, "span": float(span), "points": points, "kinds": listed(kinds),
+        "site": site, "dimensions": dimensions, "span": float(span), "points": points, "kinds": listed("kinds", kinds),
         "images": images, "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     rows = find(runs)

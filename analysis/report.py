@@ -187,6 +187,8 @@ def main(
         metric: what ranks configurations and shows effects, any numeric column.
         curves: metrics to draw, separated by commas; None takes losses, accuracies and up to eight more.
     """
+    if Path(output).suffix not in (".html", ".htm"):
+        raise ValueError(f"output={output}: use a file.html")
     rows = collect(runs)
     first = split_names(standard) or told_apart(rows)
     table = result_table(rows, split_names(columns), first, split_names(best), baseline, within)

@@ -156,9 +156,10 @@ def main(
     for key, value, allowed in (("form", form, FORMS), ("norm", norm, NORMS), ("site", site, SITES)):
         if value not in allowed:
             raise ValueError(f"{key}={value}: use one of {', '.join(allowed)}")
-    radii = sorted(listed(rho))
+    radii = sorted(listed("rho", rho))
     settings: dict[str, Any] = {
-        "form": form, "norm": norm, "site": site, "kinds": listed(kinds), "images": images, "batch_size": batch_size,
+        "form": form, "norm": norm, "site": site, "kinds": listed("kinds", kinds), "images": images,
+        "batch_size": batch_size,
     }  # fmt: skip
     settings |= {
         "worst": {"steps": steps},

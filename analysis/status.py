@@ -21,12 +21,12 @@ Line = tuple[str, RunState, str]
 
 
 def of_folders(pattern: str) -> list[Line]:
-    """All run folders that match a glob, whatever made them.
+    """All run folders that match globs, separated by commas, whatever made them.
 
     Raises:
         ValueError: there is none.
     """
-    paths = sorted(Path(path) for path in glob.glob(pattern))
+    paths = sorted({Path(path) for part in pattern.split(",") for path in glob.glob(part)})
     folders = [folder_at(path) for path in paths if (path / "config.yaml").is_file()]
     if not folders:
         raise ValueError(f"runs={pattern}: no run folder there; give a glob over run folders such as 'runs/*/*'")

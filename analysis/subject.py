@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from analysis.collect import Row
@@ -72,8 +73,23 @@ def run_folder(row: Row) -> RunFolder:
     return RunFolder.existing(row["path"])
 
 
-def listed(value: Any) -> list[Any]:
-    """An option that is a list, or one element of it alone."""
+def use_threads(count: int | None) -> None:
+    """Compute on ``count`` threads from now on; None leaves torch's own choice. Raises ValueError below 1."""
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"threads={count}: use 1 or more, or null")
+    torch.set_num_threads(count)
+
+
+def listed(key: str, value: Any) -> list[Any]:
+    """An option that is a list, or one element of it alone.
+
+    Raises:
+        ValueError: an empty list, naming ``key``.
+    """
+    if value == []:
+        raise ValueError(f"{key}=[]: give one value or more")
     return list(value) if isinstance(value, list) else [value]
 
 

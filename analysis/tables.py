@@ -29,6 +29,18 @@ def grouped(rows: Sequence[Row]) -> list[list[Row]]:
     return [sorted(group, key=lambda row: row["seed"]) for group in groups.values()]
 
 
+def chosen(rows: Sequence[Row], where: str | None) -> list[list[Row]]:
+    """The groups of the table: all, or those that ``where`` fits.
+
+    Raises:
+        ValueError: there is none.
+    """
+    groups = [group for group in grouped(rows) if where is None or fits(group, where)]
+    if not groups:
+        raise ValueError(f"where={where}: no row; give a method or experiment of the table, or COLUMN=VALUE")
+    return groups
+
+
 def result_table(
     rows: Sequence[Row],
     further: Sequence[str] = (),
@@ -61,9 +73,7 @@ def result_table(
         ValueError: an unknown column, a baseline that is not there or not unique, differences without a baseline, or no
             row left.
     """
-    groups = [group for group in grouped(rows) if where is None or fits(group, where)]
-    if not groups:
-        raise ValueError(f"where={where}: no row; give a method or experiment of the table, or COLUMN=VALUE")
+    groups = chosen(rows, where)
     rows = [row for group in groups for row in group]
     shown = columns([*standard, *further], rows)
     smallest = {name.removeprefix("-"): name.startswith("-") for name in best}
@@ -105,6 +115,8 @@ def _require(shown: Sequence[Column], baseline: str | None, asked: Mapping[str, 
                 raise ValueError(
                     f"{option}={name}: no column of this table; use one of {', '.join(known)}, or add columns="
                 )
+            if option != "at_equal" and next(column.number for column in shown if column.name == name) is None:
+                raise ValueError(f"{option}={name}: a column of text; use one of numbers, such as accuracy")
     if asked["at_equal"] and not asked["difference"]:
         raise ValueError(f"at_equal={','.join(asked['at_equal'])}: which difference? Give difference= as well")
     if asked["difference"] and not baseline:
@@ -188,14 +200,25 @@ def main(
     if form not in FORMATS.values():
         key, value = ("format", format) if format else ("output", output)
         raise ValueError(f"{key}={value}: use a file.md, file.tex or file.csv, or format={'|'.join(FORMATS.values())}")
+    if output and format and FORMATS.get(Path(output).suffix.lstrip("."), format) != format:
+        raise ValueError(f"format={format}: output={output} is another one; leave format= out")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level:g}: use a number between 0 and 1, such as {LEVEL:g}")
     if measured is not None:
-        table = measured_table(collect(runs), measured)
+        asked = {"columns": columns, "standard": standard, "best": best, "baseline": baseline}
+        asked |= {"difference": difference, "at_equal": at_equal}
+        for option, value in asked.items():
+            if value is not None:
+                raise ValueError(
+                    f"{option}={value}: a table of runs takes it, one of measurements does not; leave it out"
+                )
+        table = measured_table([row for group in chosen(collect(runs), where) for row in group], measured)
     else:
-        chosen = {"standard": split_names(standard)} if standard else {}
+        own = {"standard": split_names(standard)} if standard else {}
         table = result_table(
             collect(runs), split_names(columns), best=split_names(best), baseline=baseline, within=within,
             level=level, compared=split_names(difference), at_equal=split_names(at_equal), where=where,
-            **chosen,
+            **own,
         )  # fmt: skip
     if output is None:
         print({"markdown": markdown(table), "latex": latex(table, title), "csv": comma_separated(table)}[form].rstrip())

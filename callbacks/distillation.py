@@ -109,6 +109,10 @@ class Distillation(Mechanic):
                 f"callbacks.distillation: feature_weight={feature_weight}, taps={list(taps)}: use 0, or more than 0 "
                 "and taps such as ['layer?']"
             )
+        if teacher_model is not None and teacher is None:
+            raise ValueError(
+                f"callbacks.distillation.teacher_model={teacher_model}: of which weights? Give teacher=FILE.safetensors"
+            )
         self.weight = weight
         self.temperature = temperature
         self.task_weight = task_weight

@@ -49,6 +49,8 @@ def error_line(error: BaseException) -> str:
 def _unknown_option(path: str) -> str:
     """``callbacks/name`` in the words of the command line, with the options that there are."""
     group, _, name = path.removesuffix(".yaml").rpartition("/")
+    if not group:
+        return f"-cn {name}: there is no such config; use one of a folder given by -cd, such as -cd sweeps -cn saq_rho"
     options = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     if not options:
         return f"{group}={name}: there is no group {group}"

@@ -25,7 +25,7 @@ from research.models.checkpoint import first_difference
 from research.quant.convert import convert
 from research.quant.cost_report import cost_report
 from research.quant.recipe import Recipe
-from research.runs.checkpoint import load_checkpoint
+from research.runs.checkpoint import BEST, load_checkpoint
 from research.runs.environment import snapshot
 from research.runs.files import atomic_write_bytes
 from research.runs.folder import RunFolder
@@ -51,7 +51,12 @@ def seal(
         trainer: the Trainer that trained it, with a ``Timer``.
     """
     if config["finalise"]["weights"] == "best":
-        module.load_state_dict(load_checkpoint(folder.checkpoints / "best.ckpt")["state_dict"])
+        if not (folder.checkpoints / BEST).is_file():
+            raise ValueError(
+                "finalise.weights=best: the run ended before its first validation; train with finalise.weights=last, "
+                "or validate earlier (trainer.check_val_every_n_epoch, +trainer.val_check_interval)"
+            )
+        module.load_state_dict(load_checkpoint(folder.checkpoints / BEST)["state_dict"])
     module.cpu()
     batches = statistics_batches(data, config["finalise"]["batchnorm_batches"])
     deployments, as_trained = finalise(module, batches), finalise(module) if batches else {}

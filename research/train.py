@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ from research.learning.finalise import finalise
 from research.learning.guard import NonFiniteGuard
 from research.learning.hooks import NoProfiler, skip_empty_hooks
 from research.learning.module import QuantModule
+from research.learning.optim import build_optimizer
 from research.learning.prepare import Preparation
 from research.results import seal
 from research.runs.allocation import write_table
@@ -54,8 +56,9 @@ def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
     data, module = build_data(config), build_module(config)
     if module.checkpoint is not None:
         module.initial_network()  # its weights fit
-    if (classes := config["model"].get("num_classes", data.num_classes)) != data.num_classes:
-        raise ValueError(f"model.num_classes={classes}: the data has {data.num_classes}; leave it out or use that")
+    for key in ("num_classes", "in_channels"):
+        if (stated := config["model"].get(key, there := getattr(data, key))) != there:
+            raise ValueError(f"model.{key}={stated}: the data has {there}; leave it out or use that")
     data.setup()
     if config["deploy"]["onnx"]:
         for net in finalise(module).values():
@@ -64,7 +67,28 @@ def build(config: dict[str, Any]) -> tuple[ImageDataModule, QuantModule]:
     data.check_calibration("calibration.batches", calibration["batches"], calibration["batch_size"])
     if count := config["finalise"]["batchnorm_batches"]:
         data.check_calibration("finalise.batchnorm_batches", count, data.batch_size)
+    build_optimizer(module.net, config["optimizer"], module.active, module)  # mechanics may want one parameter twice
+    _require_validation(config, len(data.train_dataloader()))
     return data, module
+
+
+def _require_validation(config: dict[str, Any], batches: int) -> None:
+    """Raise ValueError where ``finalise.weights=best`` cannot be had in ``trainer.max_steps``.
+
+    Args:
+        config: the plain config.
+        batches: of an epoch.
+    """
+    trainer = config["trainer"]
+    if config["finalise"]["weights"] != "best" or {"val_check_interval", "limit_train_batches"} & set(trainer):
+        return
+    epoch = math.ceil(batches / (trainer.get("accumulate_grad_batches") or 1))
+    steps, first = trainer.get("max_steps", -1), epoch * (trainer.get("check_val_every_n_epoch") or 1)
+    if 0 <= steps < first:
+        raise ValueError(
+            f"finalise.weights=best: trainer.max_steps={steps} ends before the first validation, after {first} steps; "
+            "use finalise.weights=last"
+        )
 
 
 def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any]) -> pl.Trainer:
@@ -94,7 +118,7 @@ def build_trainer(config: dict[str, Any], folder: RunFolder, loggers: list[Any])
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(f"trainer: {error}") from error
     skip_empty_hooks(callbacks)
     if precision == "bf16" and isinstance(trainer.accelerator, CPUAccelerator) and not cpu_convolves_bf16():

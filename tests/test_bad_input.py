@@ -146,6 +146,9 @@ COMPOSITION: dict[str, list[str]] = {
     "trainer.accumulate_grad_batches=0": ["trainer.accumulate_grad_batches=0: use 1 or more"],
     "trainer.check_val_every_n_epoch=0": ["trainer.check_val_every_n_epoch=0: use 1 or more"],
     "model.width=0": ["model.width=0: use 1 channel or more"],
+    "trainer.devices=-1": ["trainer: `devices` selected with `CPUAccelerator` should be an int > 0"],
+    "model.in_channels=1": ["model.in_channels=1: the data has 3; leave it out or use that"],
+    "data.batch_size=1000": ["data.batch_size=1000: no full batch in", "or less"],
     "model.num_classes=7": ["model.num_classes=7: the data has", "leave it out or use that"],
     "~quantizer": ["quantizer"],
     "optimizer.lr=fast": ["optimizer.lr='fast': use a number"],
@@ -176,38 +179,6 @@ def test_a_wrong_override(override: str, tmp_path: Path) -> None:
     assert all(part in line for part in COMPOSITION[override]), line
     assert not list(tmp_path.glob("**/*.ckpt"))
     assert all((folder / "config.yaml").is_file() for folder in tmp_path.glob("*/*")), "no empty folder is left"
-
-
-COMBINATIONS: dict[str, tuple[list[str], list[str]]] = {
-    "two owners of one thing": (
-        ["callbacks=[sam]", "+callbacks.rival._target_=tests.test_bad_input.Rival"],
-        ["callbacks.rival and callbacks.sam both claim evaluations: drop one of them, e.g. '~callbacks.sam'"],
-    ),
-    "a monitor that nobody logs": (
-        ["checkpoint.monitor=val/acc"],
-        ["checkpoint.monitor=val/acc is not logged in validation; use one of: val/accuracy, val/loss"],
-    ),
-    "a monitor without validation": (
-        ["checkpoint.monitor=val/accuracy", "data.validation=0"],
-        ["checkpoint.monitor=val/accuracy: data.validation=0", "use data.validation=1000"],
-    ),
-    "the best of no validation": (
-        ["checkpoint.monitor=val/accuracy", "finalise.weights=best", "trainer.check_val_every_n_epoch=5"],
-        ["finalise.weights=best: with trainer.check_val_every_n_epoch=5 nothing is validated in 3 epochs; use 1 to 3"],
-    ),
-    "a quantizer that ONNX has not": (
-        ["quantizer=lq_nets", "deploy.onnx=true"],
-        ["LQNets (mode quantize, grid codebook) has no form in ONNX's QuantizeLinear; use deploy.onnx=false"],
-    ),
-    "a teacher without weights": (["callbacks=[distillation]"], ["init_from=null: ", "init_from=FILE"]),
-}
-
-
-@pytest.mark.parametrize("case", COMBINATIONS)
-def test_a_wrong_combination(case: str, tmp_path: Path) -> None:
-    overrides, parts = COMBINATIONS[case]
-    line = command(train, *TINY, f"paths.runs={tmp_path}", *overrides).refusal()
-    assert all(part in line for part in parts), line
 
 
 @pytest.mark.parametrize(

@@ -53,18 +53,65 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The config with other values at dotted keys."""
+    result = copy.deepcopy(config)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = result
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return result
+
+
 @pytest.mark.parametrize("key", MISTAKES)
 def test_a_mistake_is_named(key: str, config: dict[str, Any]) -> None:
     value, message = MISTAKES[key]
-    changed = copy.deepcopy(config)
-    *path, last = key.split(".")
-    section = changed
-    for name in path:
-        section = section[name]
-    section[last] = value
     with pytest.raises(ValueError) as caught:
-        check_training(changed)
+        check_training(changed(config, {key: value}))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+BEST = {"finalise.weights": "best", "checkpoint.monitor": "val/accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed=-1: use an integer from 0 to 4294967295"),
+        ({"calibration.batch_size": 0}, "calibration={batches: 2, batch_size: 0}: use 1 or more of both"),
+        ({"checkpoint.every_n_steps": 0}, "checkpoint.every_n_steps=0: use a positive number, or null"),
+        ({"checkpoint.monitor": "val/loss"}, "checkpoint.mode=max would keep the worst val/loss; use checkpoint.mode="),
+        (
+            {"checkpoint.monitor": "val/accuracy", "checkpoint.mode": "min"},
+            "checkpoint.mode=min would keep the worst val/accuracy; use checkpoint.mode=max",
+        ),
+        ({**BEST, "trainer.limit_val_batches": 0}, "finalise.weights=best: trainer.limit_val_batches=0 validates noth"),
+        (
+            {**BEST, "trainer.max_epochs": 0},
+            "finalise.weights=best: with trainer.check_val_every_n_epoch=1 nothing is validated in 0 epochs; use final",
+        ),
+        ({"optimizer.lr": -1}, "optimizer: Invalid learning rate: -1"),
+        ({"optimizer.norm": 3}, "optimizer.norm=3: use a mapping"),
+        ({"scheduler.final": -1}, "scheduler.final=-1: use 0 or more"),
+        ({"scheduler.gamma": 0.5}, "scheduler.gamma: the cosine schedule has none; leave it out, or choose another"),
+        ({"scheduler.name": "step"}, "scheduler.final: the step schedule has none"),
+        ({"trainer.log_every_n_steps": 0}, "trainer.log_every_n_steps=0: use 1 or more"),
+        ({"trainer.val_check_interval": 0}, "trainer.val_check_interval=0: use a part of an epoch such as 0.5"),
+        ({"trainer.gradient_clip_val": -1}, "trainer.gradient_clip_val=-1: use 0 or more, or null"),
+    ],
+)
+def test_a_value_that_cannot_be_meant(changes: dict[str, Any], message: str, config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_training(changed(config, changes))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_what_can_be_meant_passes(config: dict[str, Any]) -> None:
+    check_training(changed(config, {**BEST, "trainer.gradient_clip_val": 1}))
+    check_training(changed(config, {"checkpoint.monitor": "val/loss", "checkpoint.mode": "min"}))
+    check_training(changed(config, {"checkpoint.monitor": "probe/trace", "checkpoint.mode": "min"}))
 
 
 def test_a_key_that_was_taken_out_is_named(config: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ class BMPQ(BitSearch):
         self.budgets = budgets_from_config(budget, "callbacks.bmpq.budget")
         if not bits or not all(isinstance(b, int) and LEAST_BITS <= b <= MAX_BITS for b in bits):
             raise ValueError(f"callbacks.bmpq.bits={bits}: use widths from {LEAST_BITS} to {MAX_BITS}, such as [2, 4]")
-        if input_bits != "same" and not isinstance(input_bits, int):
+        if input_bits != "same" and (not isinstance(input_bits, int) or input_bits < 1):
             raise ValueError(f"callbacks.bmpq.input_bits={input_bits}: use same, or one width such as 8")
         if norm not in NORMS:
             raise ValueError(f"callbacks.bmpq.norm={norm}: use {' or '.join(NORMS)}")

@@ -15,6 +15,7 @@ from torch import nn
 
 from callbacks.noise_tempering.noise import NoiseDist
 from callbacks.noise_tempering.quantizer import DeltaLearn, GradScale, NoiseSite, TemperedLSQ, Tempering
+from research.arguments import check_arguments
 from research.learning.hessian_scale import HessianScale
 from research.learning.mechanic import Claim, Mechanic
 from research.learning.module import QuantModule
@@ -106,7 +107,9 @@ class NoiseTempering(Mechanic):
             delta=delta,
             delta_learn=delta_learn,
         )
-        self.hessian = HessianScale("callbacks.noise_tempering.hessian", **(hessian or {}))
+        key = "callbacks.noise_tempering.hessian"
+        check_arguments(HessianScale, hessian or {}, key, key=key)
+        self.hessian = HessianScale(key, **(hessian or {}))
 
     def attach(self, module: QuantModule) -> None:
         """Put a tempered quantizer in the place of every quantizer; all must be LSQ's."""

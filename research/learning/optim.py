@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -164,7 +164,10 @@ class Schedule:
         gamma: factor of a milestone.
     """
 
-    NAMES = ("cosine", "linear", "step", "constant")
+    OPTIONS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cosine": ("final",), "linear": ("final",), "step": ("milestones", "gamma"), "constant": (),
+    }  # fmt: skip
+    """The schedules, and what each reads beside ``warmup``."""
 
     def __init__(
         self,
@@ -175,8 +178,8 @@ class Schedule:
         milestones: Sequence[float] = (0.5, 0.75),
         gamma: float = 0.1,
     ) -> None:
-        if name not in self.NAMES:
-            raise ValueError(f"scheduler.name={name!r}: use one of {', '.join(self.NAMES)}")
+        if name not in self.OPTIONS:
+            raise ValueError(f"scheduler.name={name!r}: use one of {', '.join(self.OPTIONS)}")
         if not 0.0 <= warmup < 1.0:
             raise ValueError(f"scheduler.warmup={warmup}: use a fraction of the run from 0 to below 1")
         if not all(0 <= fraction <= 1 for fraction in milestones):
@@ -186,6 +189,15 @@ class Schedule:
         self.name, self.total, self.final, self.gamma = name, total, final, gamma
         self.warmup_steps = int(warmup * total)
         self.milestones = [int(fraction * total) for fraction in milestones]
+
+    def require_used(self, given: Iterable[str]) -> None:
+        """Raise ValueError where one of the ``given`` options is of another schedule."""
+        for option in given:
+            if option not in ("name", "warmup", *self.OPTIONS[self.name]):
+                raise ValueError(
+                    f"scheduler.{option}: the {self.name} schedule has none; leave it out, or choose another schedule "
+                    "with scheduler=NAME, which brings its own options"
+                )
 
     def __call__(self, step: int) -> float:
         """The factor at optimizer step ``step``, counted from 0."""

@@ -109,7 +109,10 @@ def _replace_modules(
     for index, (match, target) in enumerate(recipe.replace):
         assert build_module is not None, "recipe.replace needs build_module"
         for name in _parameter_free(net, match, f"quantizer.replace[{index}]"):
-            replace_module(net, name, build_module(target))
+            module = build_module(target)
+            if not isinstance(module, nn.Module):
+                raise ValueError(f"quantizer.replace[{index}].module._target_={target['_target_']}: use an nn.Module")
+            replace_module(net, name, module)
 
 
 def _quantize_outputs(net: nn.Module, recipe: Recipe) -> None:
@@ -124,7 +127,9 @@ def _quantize_outputs(net: nn.Module, recipe: Recipe) -> None:
 
 def _switch_batchnorms(net: nn.Module, recipe: Recipe) -> None:
     default = [
-        settings["bits"] for settings in (recipe.weight, recipe.input) if settings and settings["bits"] in recipe.widths
+        settings["bits"]
+        for settings in (recipe.weight, recipe.input)
+        if settings and settings.get("bits") in recipe.widths
     ]
     if not default:
         raise ValueError(f"quantizer.widths={list(recipe.widths)}: quantizer.bits must be one of them")

@@ -45,11 +45,14 @@ class CostConvention:
         for key, choices in (("first_last", FirstLast), ("shortcut", ShortcutPolicy), ("form", Form)):
             if getattr(self, key) not in get_args(choices):
                 raise ValueError(f"cost.{key}={getattr(self, key)}: use one of {', '.join(get_args(choices))}")
-        if self.input_bits is not None and not 1 <= self.input_bits <= 32:
+        if self.input_bits is not None and self.input_bits not in range(1, 33):
             raise ValueError(f"cost.input_bits={self.input_bits}: use 1 to 32, or null for the quantizer's own")
+        for key in ("count_sign_bit", "count_biases", "count_ranges", "count_norms"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"cost.{key}={getattr(self, key)}: use true or false")
         try:
             re.compile(self.shortcut_names)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"cost.shortcut_names={self.shortcut_names!r}: no regular expression ({error})") from None
 
     def plain(self) -> dict[str, str | int | bool | None]:

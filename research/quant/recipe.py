@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from research.quant.quantizers.base import QuantizerSpec
+from research.quant.quantizers.base import MAX_BITS, WIDTHS, QuantizerSpec
 
 FLOAT_BITS = 32
 SLOT_KEYS = ("weight", "input", "output")
@@ -67,23 +67,27 @@ class Recipe:
         for key in config:
             if key not in RECIPE_KEYS:
                 raise ValueError(f"quantizer.{key} is unknown: use one of {', '.join(RECIPE_KEYS)}")
-        if config.get("bits") == 0:  # a layer may be taken out by a rule or a table, not the whole network
-            raise ValueError("quantizer.bits=0: use an integer from 1 to 8, or 32 for float")
+        bits = config.get("bits")  # a layer may be taken out (0 bits) by a rule or a table, not the whole network
+        if bits is not None and not _is_width(bits) and bits != FLOAT_BITS:
+            raise ValueError(f"quantizer.bits={bits}: {WIDTHS}")
         rules = [_rule(entry, f"quantizer.rules[{index}]") for index, entry in enumerate(_entries(config, "rules"))]
         outputs = [
-            Rule(_pattern(entry["match"], f"quantizer.outputs[{index}]"), {"output": entry["quantizer"]})
+            _rule({"match": entry["match"], "output": entry["quantizer"]}, f"quantizer.outputs[{index}]", "quantizer")
             for index, entry in enumerate(_entries(config, "outputs"))
             if _exact_keys(entry, {"match", "quantizer"}, f"quantizer.outputs[{index}]")
         ]
         replace = [
-            (_pattern(entry["match"], f"quantizer.replace[{index}]"), entry["module"])
+            (_pattern(entry["match"], f"quantizer.replace[{index}]"), _target(entry["module"], index))
             for index, entry in enumerate(_entries(config, "replace"))
             if _exact_keys(entry, {"match", "module"}, f"quantizer.replace[{index}]")
         ]
         slots = {slot: _settings(config.get(slot), f"quantizer.{slot}") for slot in SLOT_KEYS}
         widths, fold_bn = config.get("widths") or (), _fold_bn(config.get("fold_bn"))
-        if not isinstance(widths, Sequence):
+        if not isinstance(widths, Sequence) or not all(_is_width(width) for width in widths):
             raise ValueError(f"quantizer.widths={widths!r}: use a list of bits such as [2, 4], or []")
+        table = config.get("table")
+        if table is not None and not isinstance(table, Mapping):
+            raise ValueError(f"quantizer.table={table!r}: use the table.yaml or allocation.yaml of a run, or null")
         if widths and fold_bn is not None:
             raise ValueError(f"quantizer.fold_bn={fold_bn}: quantizer.widths needs batch-norms of its own; use none")
         return cls(
@@ -91,7 +95,7 @@ class Recipe:
             rules=rules,
             outputs=outputs,
             replace=replace,
-            table=config.get("table"),
+            table=table,
             widths=widths,
             fold_bn=fold_bn,
         )
@@ -132,10 +136,7 @@ class Recipe:
                 f"quantizer.table does not fit this model: missing {missing[:3]}, not in the model {surplus[:3]}; "
                 "use a table written by a run of the same model"
             )
-        return {
-            name: {slot: make_spec(self.table[name].get(slot), f"quantizer.table.{name}.{slot}") for slot in SLOT_KEYS}
-            for name in names
-        }
+        return table_from_plain({name: self.table[name] for name in names}, "quantizer.table.")
 
 
 def make_spec(settings: Settings | None, key: str) -> QuantizerSpec | None:
@@ -150,12 +151,32 @@ def make_spec(settings: Settings | None, key: str) -> QuantizerSpec | None:
     for field in settings:
         if field not in known:
             raise ValueError(f"{key}.{field} is unknown: use one of {', '.join(known)}")
-    values = dict(settings)
-    values["options"] = dict(values.get("options") or {})
+    options = _settings(settings.get("options"), f"{key}.options", "arguments of the quantizer such as {alpha: 6}")
     try:
-        return QuantizerSpec(**values)
+        return QuantizerSpec(**{**settings, "options": dict(options or {})})
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith("quantizer.") else f"{key}.{error}") from None
+        raise ValueError(f"{key}.{error}") from None
+
+
+def table_from_plain(plain: Mapping[str, Any], where: str) -> Table:
+    """A resolved table from plain containers.
+
+    Args:
+        plain: layer name -> ``weight``, ``input`` and maybe ``output`` -> settings, or null for no quantizer.
+        where: what stands before the layer's name in messages, such as ``quantizer.table.``.
+
+    Raises:
+        ValueError: other slots, one that is missing, or bad settings, naming the layer.
+    """
+    for name, slots in plain.items():
+        if not isinstance(slots, Mapping) or not {"weight", "input"} <= set(slots) <= set(SLOT_KEYS):
+            found = ", ".join(map(str, slots)) if isinstance(slots, Mapping) else repr(slots)
+            raise ValueError(f"{where}{name} has {found or 'nothing'}: a layer has weight, input and maybe output")
+    return {
+        str(name): {slot: make_spec(_settings(slots.get(slot), f"{where}{name}.{slot}"), f"{where}{name}.{slot}")
+                    for slot in SLOT_KEYS}
+        for name, slots in plain.items()
+    }  # fmt: skip
 
 
 def table_to_plain(table: Table) -> dict[str, dict[str, dict[str, Any] | None]]:
@@ -197,18 +218,33 @@ def _entries(config: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]
     return entries
 
 
-def _rule(entry: Mapping[str, Any], key: str) -> Rule:
+def _rule(entry: Mapping[str, Any], key: str, called: str | None = None) -> Rule:
     allowed = {"match", *SLOT_KEYS}
     if "match" not in entry or not set(entry) <= allowed:
         raise ValueError(f"{key}={dict(entry)}: a rule has 'match' and some of {', '.join(SLOT_KEYS)}")
-    settings = {slot: _settings(entry[slot], f"{key}.{slot}") for slot in SLOT_KEYS if slot in entry}
+    settings = {slot: _settings(entry[slot], f"{key}.{called or slot}") for slot in SLOT_KEYS if slot in entry}
+    for slot, changes in settings.items():
+        make_spec(changes, f"{key}.{called or slot}")  # with defaults: what is wrong in itself is the rule's fault
     return Rule(_pattern(entry["match"], key), settings)
 
 
-def _settings(value: Any, key: str) -> Settings | None:
+def _settings(value: Any, key: str, right: str = "settings such as {name: lsq, bits: 4}") -> Settings | None:
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{key}={value!r}: use null or settings such as {{name: lsq, bits: 4}}")
+        raise ValueError(f"{key}={value!r}: use null or {right}")
     return value
+
+
+def _target(value: Any, index: int) -> Settings:
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        raise ValueError(
+            f"quantizer.replace[{index}].module={value!r}: use the class of a module, such as "
+            "{_target_: torch.nn.Hardtanh}"
+        )
+    return value
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_BITS
 
 
 def _pattern(match: Any, key: str) -> str:

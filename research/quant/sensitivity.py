@@ -8,11 +8,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Choices
-from research.quant.calibrate import calibrate
 from research.quant.convert import fill_slots
 from research.quant.layers import SLOTS, QuantLayer, quant_layers
 from research.quant.passes import rebound
@@ -46,20 +45,22 @@ def with_quantizers(net: nn.Module, table: Table) -> nn.Module:
     return net
 
 
-def candidates(net: nn.Module, base: Table, choices: Choices, batches: Sequence[Tensor]) -> dict[LayerBits, nn.Module]:
-    """For every candidate, a calibrated copy of ``net`` in which each layer that may has it, and others their first.
+def candidates(net: nn.Module, base: Table, choices: Choices) -> dict[LayerBits, nn.Module]:
+    """For every candidate, a copy of ``net`` in which each layer that may has it, and others their first; not
+    calibrated yet.
 
     Args:
         net: a network of `without_quantizers`.
         base: which quantizer each slot has.
         choices: candidates by layer.
-        batches: inputs for the calibration.
+
+    Raises:
+        ValueError: a candidate that a quantizer does not take, naming layer and slot.
     """
     found: dict[LayerBits, nn.Module] = {}
     for bits in dict.fromkeys(bits for options in choices.values() for bits in options):
         widths = {name: bits if bits in options else options[0] for name, options in choices.items()}
         found[bits] = with_quantizers(net, Allocation(widths).table(base))
-        calibrate(found[bits], batches)
     return found
 
 

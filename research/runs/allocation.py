@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from research.quant.allocation import SLOTS, Allocation
-from research.quant.recipe import SLOT_KEYS, Table, make_spec, table_to_plain
+from research.quant.allocation import Allocation
+from research.quant.recipe import Table, table_from_plain, table_to_plain
 from research.runs.files import atomic_write_text
 from research.runs.records import read_config
 
@@ -70,11 +69,4 @@ def read_table(path: Path) -> Table:
     """
     if not path.is_file():
         raise ValueError(f"allocation={path}: no such file; use the allocation.yaml or table.yaml of a run")
-    plain = read_config(path)
-    for name, slots in plain.items():
-        if not isinstance(slots, Mapping) or not all(slot in slots for slot in SLOTS):
-            raise ValueError(f"allocation={path}: {name} has not the keys {', '.join(SLOTS)}; use a resolved table")
-    return {
-        str(name): {slot: make_spec(slots.get(slot), f"{name}.{slot}") for slot in SLOT_KEYS}
-        for name, slots in plain.items()
-    }
+    return table_from_plain(read_config(path), f"allocation={path}: ")

@@ -27,7 +27,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML config into plain containers. Raises ValueError for a file that holds no mapping."""
     try:
         config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config: expected `key: value` lines")

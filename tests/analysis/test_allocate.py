@@ -80,6 +80,15 @@ def test_uniform(copies: dict[str, Path], tmp_path: Path, capsys: pytest.Capture
     )
     assert set(searched.values()) == {(2, 8)}
     assert not read_measurements(RunFolder.existing(copies["lsq"]), "sensitivity")
+    for wrong, message in (
+        ({"bits": [1, 2]}, "quantizer.weight.bits=1: lsq of a weight needs at least 2"),
+        ({"bits": []}, r"^bits=\[\]: give one value or more"),
+        ({"input_bits": 0}, "^input_bits=0: use same, or one width"),
+        ({"first_last": 0}, "^first_last=0: use one width such as 8, or null"),
+        ({"threads": 0}, "^threads=0: use 1 or more, or null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            allocated(copies["lsq"], tmp_path / "a.yaml", method="uniform", **wrong)
 
 
 def test_shuffled(copies: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

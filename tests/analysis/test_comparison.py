@@ -56,6 +56,8 @@ def test_differences_from_the_baseline_seed_by_seed(tmp_path: Path) -> None:
     assert sorted(apart) == [["lsq", "50.00", "–"], ["lsq+hero", "40.00", "–"]], "no baseline in the block, none told"
     with pytest.raises(ValueError, match=r"^difference=accuracy: from what\? Give baseline= as well"):
         shown(tmp_path, standard=["accuracy"], compared=["accuracy"])
+    with pytest.raises(ValueError, match="^best=method: a column of text; use one of numbers"):
+        shown(tmp_path, standard=["method"], best=["method"])
     with pytest.raises(ValueError, match="^difference=val/loss: no column of this table; use one of method, accuracy,"):
         shown(tmp_path, **options | {"compared": ["val/loss"]})
 
@@ -107,5 +109,10 @@ def test_rows_are_chosen_by_their_columns(tmp_path: Path) -> None:
     sweep_of_two(tmp_path)
     assert shown(tmp_path, standard=["method", "optimizer.lr"], where="method=lsq,optimizer.lr=0.2") == [["lsq", "0.2"]]
     assert {line[0] for line in shown(tmp_path, standard=["method"], where="lsq+sam")} == {"lsq+sam"}
+    for same in ("optimizer.lr=2e-1", "optimizer.lr=0.20", "optimizer.lr=0.2,trainer.max_epochs=3.0"):
+        assert shown(tmp_path, standard=["optimizer.lr"], where=f"method=lsq,{same}") == [["0.2"]]
+    for other in ("optimizer.lr=true", "optimizer.lr=null", "optimizer.lr=[0.2]", "optimizer.lr=0.2: 3"):
+        with pytest.raises(ValueError, match="no row"):
+            shown(tmp_path, where=other)
     with pytest.raises(ValueError, match="^where=hero: no row; give a method or experiment of the table, or COLUMN="):
         shown(tmp_path, where="hero")

@@ -169,6 +169,8 @@ def test_a_page_of_one_run_has_no_effects(tmp_path: Path) -> None:
     text = (tmp_path / "report.html").read_text()
     assert 'id="effects"' not in text and 'id="measurements"' not in text and 'id="differences"' not in text
     assert "1 finished run of 1 configuration." in text
+    with pytest.raises(ValueError, match=r"^output=.*report\.pdf: use a file\.html"):
+        report.main(str(folder.path), str(tmp_path / "report.pdf"))
 
 
 def test_numbers_of_a_measurement_keep_their_marks(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def test_status_has_a_line_for_every_folder(tmp_path: Path) -> None:
     (line,) = [line for line in lines if "seed=1" in line]
     assert line.startswith("failed ") and f"lsq/{failed.hash}" in line and line.endswith("seed=1: no data")
     assert counts == "2 jobs: 1 done, 0 running, 1 failed, 0 interrupted, 0 missing"
+    made = [folder for folder in sorted(tmp_path.glob("*/*")) if folder.is_dir()]
+    assert status.of_folders(",".join(map(str, [*made, *made]))) == status.of_folders(f"{tmp_path}/*/*")
     with pytest.raises(ValueError, match="runs=nowhere: no run folder there; give a glob"):
         status.of_folders("nowhere")
 

@@ -20,7 +20,7 @@ from analysis import keep, tables
 from analysis.cells import four_digits
 from analysis.cli import script
 from analysis.collect import collect
-from analysis.columns import columns, method, split_names
+from analysis.columns import columns, method, split_names, weight_quantizer
 from analysis.formats import markdown
 from analysis.measured_tables import measured_table
 from analysis.significance import welch
@@ -103,6 +103,12 @@ def test_widths_that_a_search_chose_are_not_those_of_the_recipe(tmp_path: Path) 
     write_run(tmp_path, 0.8, callbacks={"sam": {"rho": 0.1}})
     write_run(tmp_path, 0.8, callbacks={"bmpq": {"budget": {"kind": "average_bits", "value": 3}}})
     assert sorted(shown(tmp_path, standard=["bits"])) == [["4/4"], ["searched"]]
+
+
+def test_32_bits_are_no_quantizer() -> None:
+    slot = {"name": "lsq", "bits": 32}
+    assert weight_quantizer({"quantizer": {"weight": slot}}) == "float"
+    assert weight_quantizer({"quantizer": {"weight": {**slot, "bits": 2}}}) == "lsq"
 
 
 def test_a_table_says_which_quantizer_the_weights_have() -> None:
@@ -246,6 +252,17 @@ def test_measurements_of_one_kind_in_place_of_runs(tmp_path: Path, capsys: pytes
     assert lines[0] == "| run | seed | trace | top |"
     assert sorted(lines[2:4]) == [f"| {label} | 0 | 2 ± 0.5 | 3 |", f"| {label} | 1 | 3 ± 0.5 | ~3 |"]
     assert lines[-1] == "~: an estimate that has not converged."
+    tables.main(f"{tmp_path}/*/*", measured="curvature", where="optimizer.lr=1e-1")
+    assert capsys.readouterr().out.splitlines() == lines
+    for option, message in (
+        ({"where": "optimizer.lr=1"}, "^where=optimizer.lr=1: no row"),
+        ({"best": "accuracy"}, "^best=accuracy: a table of runs takes it, one of measurements does not"),
+        ({"columns": "macs"}, "^columns=macs: a table of runs takes it"),
+        ({"level": 0}, "^level=0: use a number between 0 and 1"),
+        ({"output": f"{tmp_path}/t.md", "format": "csv"}, "^format=csv: output=.*t.md is another one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tables.main(f"{tmp_path}/*/*", measured="curvature", **option)
     with pytest.raises(ValueError, match="measured=sharpness: the runs have no such measurements; use curvature"):
         tables.main(f"{tmp_path}/*/*", measured="sharpness")
 

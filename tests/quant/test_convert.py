@@ -127,10 +127,26 @@ def test_a_table_of_another_model():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wieght": SLOT, "input": SLOT}, "quantizer.table.fc has wieght, input: a layer has weight, input and maybe"),
+        ({"weight": SLOT}, "quantizer.table.fc has weight: a layer has"),
+        ({"weight": SLOT, "input": None, "output": 8}, "quantizer.table.fc.output=8: use null or settings"),
+        ({"weight": {**SLOT, "bits": 9}, "input": None}, "quantizer.table.fc.weight.bits=9: use an integer"),
+        (None, "quantizer.table.fc has None: a layer has"),
+    ],
+)
+def test_a_table_with_other_slots(change, message):
+    plain = table_to_plain(built(weight=SLOT)[1])
+    with pytest.raises(ValueError, match=message):
+        built(table={**plain, "fc": change})
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"weight": {"name": "lsq", "bits": -1}}, "quantizer.bits=-1: use an integer from 1 to 8"),
-        ({"weight": {"name": "lsq", "bits": 33}}, "quantizer.bits=33: use an integer from 1 to 8"),
+        ({"weight": {"name": "lsq", "bits": -1}}, "quantizer.weight.bits=-1: use an integer from 1 to 8"),
+        ({"weight": {"name": "lsq", "bits": 33}}, "quantizer.weight.bits=33: use an integer from 1 to 8"),
         ({"weight": {"name": "lsq", "bits": True}}, "bits=True"),
         ({"weight": {"name": "lsq", "bits": 4.0}}, "bits=4.0"),
         ({"input": {"name": "lsqq", "bits": 4}}, "'lsqq' is unknown: use one of"),
@@ -157,6 +173,14 @@ def test_a_table_of_another_model():
             r"quantizer.outputs\[0\].match='conv1' matches no activ",
         ),
         ({"outputs": [{"match": "relu", "quantizer": {"bits": 32}}]}, r"quantizer.outputs\[0\].quantizer: name a"),
+        ({"outputs": [{"match": "relu", "quantizer": 8}]}, r"quantizer.outputs\[0\].quantizer=8: use null or settings"),
+        ({"replace": [{"match": "relu", "module": "abc"}]}, r"quantizer.replace\[0\].module='abc': use the class"),
+        ({"rules": [{"match": "fc", "weight": {"bits": 9}}]}, r"quantizer.rules\[0\].weight.bits=9: use an integer"),
+        ({"weight": {**SLOT, "name": None}}, "quantizer.weight.name=None: use the name of a quantizer"),
+        ({"weight": {**SLOT, "options": 3}}, "quantizer.weight.options=3: use null or arguments"),
+        ({"table": 3}, "quantizer.table=3: use the table.yaml or allocation.yaml"),
+        ({"weight": SLOT, "widths": ["a", 4]}, r"quantizer.widths=\['a', 4\]: use a list of bits"),
+        ({"weight": {"name": "lsq"}, "widths": [2, 4]}, r"quantizer.widths=\[2, 4\]: quantizer.bits must be one"),
         ({"weight": SLOT, "widths": [2, 8]}, r"quantizer.widths=\[2, 8\]: quantizer.bits must be one"),
     ],
 )

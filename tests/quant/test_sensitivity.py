@@ -6,6 +6,7 @@ from torch import nn
 
 from research.quant.allocation import Allocation, LayerBits
 from research.quant.budget import Choices
+from research.quant.calibrate import calibrate
 from research.quant.convert import convert
 from research.quant.layers import quant_layers
 from research.quant.passes import passes
@@ -32,7 +33,10 @@ def setting(quantizer: str = "lsq"):
     base = convert(net, Recipe(weight=slot, input=slot), "0", "4")
     x = torch.randn(8, 2, 6, 6)
     latent = without_quantizers(net)
-    return latent, base, x, candidates(latent, base, CHOICES, [x])
+    nets = candidates(latent, base, CHOICES)
+    for net in nets.values():
+        calibrate(net, [x])
+    return latent, base, x, nets
 
 
 def test_a_float_copy_and_candidates():
@@ -102,4 +106,4 @@ def test_what_is_refused():
     with pytest.raises(
         ValueError, match=r"^allocation\.0: quantizer\.weight\.bits=1: lsq of a weight needs at least 2"
     ):
-        candidates(latent, base, {**CHOICES, "0": [LayerBits(1, 1)]}, [x])
+        candidates(latent, base, {**CHOICES, "0": [LayerBits(1, 1)]})

@@ -21,6 +21,7 @@ MODES: tuple[Mode, ...] = ("quantize", "relax", "identity", "observe")
 Role = Literal["weight", "input", "output"]
 GRANULARITIES = ("tensor", "channel")
 MAX_BITS = 8
+WIDTHS = f"use an integer from 1 to {MAX_BITS}, or 32 for float"
 OBSERVED_ELEMENTS = 1 << 18
 
 
@@ -51,8 +52,10 @@ class QuantizerSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"name={self.name!r}: use the name of a quantizer, such as lsq")
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 0 <= self.bits <= MAX_BITS:
-            raise ValueError(f"quantizer.bits={self.bits}: use an integer from 1 to {MAX_BITS}, or 32 for float")
+            raise ValueError(f"bits={self.bits}: {WIDTHS}")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity={self.granularity!r}: use one of {', '.join(GRANULARITIES)}")
         if self.signed not in (True, False, "auto"):
